@@ -1,0 +1,12 @@
+"""Settings of all tests: one thread per test process, and the same examples on every machine."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# A busy machine is slow without being wrong, so there is no deadline; fixed examples make a failure repeatable.
+settings.register_profile("autowidth", deadline=None, derandomize=True)
+settings.load_profile("autowidth")
