@@ -1,0 +1,320 @@
+"""Vocabulary: axes that carry channels, channel groups, index maps, plans. Names and integers, no tensors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+FRESH = -1
+"""In an index map: this slot has no old channel behind it, it is inserted."""
+
+Role = Literal["write", "read", "carry"]
+"""What a parameter does with a channel: a convolution's output axis writes it, its input axis reads it,
+norms, biases and depthwise weights carry it along."""
+
+
+class UnknownGroupError(KeyError):
+    """A name that is no channel group of the model."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ParamAxis:
+    """One axis of one parameter or buffer: `name` as in `named_parameters()`, `dim` counted from 0."""
+
+    name: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.name}[dim {self.dim}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the channels of a group live on one axis.
+
+    `index[c]` holds the positions of channel c on the axis, in order: one position as a rule, k of them where the
+    network flattens a map of k pixels into a linear layer, or reads the channel k times.
+    """
+
+    axis: ParamAxis
+    role: Role
+    index: tuple[tuple[int, ...], ...]
+
+    @property
+    def copies(self) -> int:
+        """How many positions each channel takes on this axis."""
+        return len(self.index[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelGroup:
+    """The axes that must be resized together, and where each of the `width` channels lives on them."""
+
+    name: str
+    places: tuple[Place, ...]
+
+    @property
+    def width(self) -> int:
+        return len(self.places[0].index)
+
+    @property
+    def axes(self) -> tuple[ParamAxis, ...]:
+        return tuple(place.axis for place in self.places)
+
+    def with_role(self, role: Role) -> tuple[Place, ...]:
+        """The places with this role, in the order in which the network met them."""
+        return tuple(place for place in self.places if place.role == role)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenAxis:
+    """Positions of an axis that must not be resized, and why."""
+
+    axis: ParamAxis
+    index: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUse:
+    """One use of a weight in the forward pass: `macs_per_weight` multiply-accumulates per element and sample."""
+
+    name: str
+    macs_per_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class IndexMap:
+    """For each new slot the old index, or -1 for a fresh channel. `size` is the old width.
+
+    A slot that takes over an old channel stands where that channel stood; fresh and repeated ones follow the slot
+    before them. `source` in rising order keeps everybody's place, any other order permutes the places.
+
+    Raises ValueError for an empty map and for an index outside -1 .. size-1.
+    """
+
+    source: tuple[int, ...]
+    size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", tuple(int(s) for s in self.source))
+        if not self.source:
+            raise ValueError(
+                f"an index map of a group of width {self.size} keeps no channel: keep or insert at least one"
+            )
+        if bad := [s for s in self.source if not FRESH <= s < self.size]:
+            raise ValueError(f"index map has source {bad[0]}, allowed are -1 (fresh) and 0 to {self.size - 1}")
+
+    @classmethod
+    def identity(cls, size: int) -> IndexMap:
+        return cls(tuple(range(size)), size)
+
+    @classmethod
+    def removing(cls, channels: Iterable[int], size: int) -> IndexMap:
+        """The map that removes these channels."""
+        gone = set(channels)
+        if bad := [c for c in gone if not 0 <= c < size]:
+            raise ValueError(f"cannot remove channel {bad[0]} of a group of width {size}")
+        return cls(tuple(c for c in range(size) if c not in gone), size)
+
+    def inserting(self, count: int) -> IndexMap:
+        """This map with `count` fresh channels at its end."""
+        return IndexMap((*self.source, *(FRESH,) * count), self.size)
+
+    def then(self, later: IndexMap) -> IndexMap:
+        """The one map that does what this and then `later` do. Raises ValueError where the widths do not meet."""
+        if later.size != self.width:
+            raise ValueError(f"a map of width {later.size} cannot follow one that ends at width {self.width}")
+        return IndexMap(tuple(self.source[s] if s >= 0 else FRESH for s in later.source), self.size)
+
+    @property
+    def width(self) -> int:
+        """The new width."""
+        return len(self.source)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Old indices that no slot takes over."""
+        kept = set(self.source)
+        return tuple(c for c in range(self.size) if c not in kept)
+
+    @property
+    def inserted(self) -> tuple[int, ...]:
+        """New slots without an old channel."""
+        return tuple(slot for slot, s in enumerate(self.source) if s == FRESH)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.source == tuple(range(self.size))
+
+    def anchors(self) -> list[int]:
+        """For each slot the old channel whose place it takes, or -1 where it follows the slot before it."""
+        seen: set[int] = set()
+        first = [s != FRESH and not (s in seen or seen.add(s)) for s in self.source]  # type: ignore[func-returns-value]
+        places = iter(sorted(s for s, is_first in zip(self.source, first, strict=True) if is_first))
+        return [next(places) if is_first else FRESH for is_first in first]
+
+
+ResizePlan: TypeAlias = Mapping[str, IndexMap]
+"""Channel group name -> what becomes of its channels. Groups that are not named stay as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelMap:
+    """What a trace found: channel groups, frozen axes with reasons, the weights in use, all shapes."""
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[FrozenAxis, ...]
+    uses: tuple[WeightUse, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of this name. Raises UnknownGroupError with the closest names."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        known = [group.name for group in self.groups]
+        close = difflib.get_close_matches(name, known, n=3) or known[:5]
+        raise UnknownGroupError(f"no channel group is named {name!r}; close names: {', '.join(close) or 'none'}")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {group.name: group.width for group in self.groups}
+
+    def check(self, plan: ResizePlan) -> None:
+        """Raises UnknownGroupError or ValueError where the plan does not fit the groups."""
+        for name, index_map in plan.items():
+            width = self.group(name).width
+            if index_map.size != width:
+                raise ValueError(
+                    f"plan for {name!r} is written for width {index_map.size}, but the group has width {width} now"
+                )
+
+    def gathers(self, plan: ResizePlan) -> dict[ParamAxis, np.ndarray]:
+        """For every axis that the plan touches: for each new position the old one, or -1. Raises as `check` does."""
+        return {axis: layout.source for axis, layout in self._layouts(plan).items()}
+
+    def resized(self, plan: ResizePlan) -> ChannelMap:
+        """The map of the network after the plan. Raises as `check` does."""
+        layouts = self._layouts(plan)
+        shapes = dict(self.shapes)
+        for axis, layout in layouts.items():
+            shape = list(shapes[axis.name])
+            shape[axis.dim] = len(layout.source)
+            shapes[axis.name] = tuple(shape)
+        groups = tuple(
+            replace(group, places=tuple(_moved(place, group.name, layouts.get(place.axis)) for place in group.places))
+            for group in self.groups
+        )
+        frozen = tuple(
+            replace(f, index=tuple(layouts[f.axis].position(p) for p in f.index)) if f.axis in layouts else f
+            for f in self.frozen
+        )
+        return replace(self, groups=groups, frozen=frozen, shapes=shapes)
+
+    def _layouts(self, plan: ResizePlan) -> dict[ParamAxis, _Layout]:
+        self.check(plan)
+        touched: dict[ParamAxis, list[tuple[str, Place, IndexMap]]] = {}
+        for name, index_map in plan.items():
+            if not index_map.is_identity:
+                for place in self.group(name).places:
+                    touched.setdefault(place.axis, []).append((name, place, index_map))
+        return {axis: _lay_out(self.shapes[axis.name][axis.dim], moves) for axis, moves in touched.items()}
+
+
+def _moved(place: Place, group: str, layout: _Layout | None) -> Place:
+    """The place after the layout of its axis."""
+    if layout is None:
+        return place
+    if group in layout.index:
+        return replace(place, index=layout.index[group])
+    return replace(place, index=tuple(tuple(layout.position(p) for p in row) for row in place.index))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The new order of one axis: old position per new position, and where each resized group's channels are now."""
+
+    source: np.ndarray
+    index: dict[str, tuple[tuple[int, ...], ...]]
+    where: dict[int, int]
+
+    def position(self, old: int) -> int:
+        return self.where[old]
+
+
+def _lay_out(length: int, moves: Sequence[tuple[str, Place, IndexMap]]) -> _Layout:
+    """Puts every new position next to its sibling.
+
+    Each position gets a sort key (anchor, rank): an old channel is anchored where it stood, a fresh one behind the
+    last position of the sibling's block, rank by rank. Sorting the keys yields the new axis.
+    """
+    free = np.ones(length, dtype=bool)
+    anchors, ranks, contents, slots = [], [], [], []
+    for _, place, index_map in moves:
+        old = np.asarray(place.index, dtype=np.int64)
+        free[old] = False
+        anchor, rank = _keys(old, index_map)
+        source = np.asarray(index_map.source)
+        content = np.where(source[:, None] >= 0, old[source], FRESH)
+        anchors.append(anchor.ravel())
+        ranks.append(rank.ravel())
+        contents.append(content.ravel())
+        slots.append(content.shape)
+    rest = np.flatnonzero(free)
+    order = np.lexsort((np.concatenate([*ranks, np.zeros_like(rest)]), np.concatenate([*anchors, rest])))
+    source = np.concatenate([*contents, rest])[order]
+    new_position = np.empty_like(order)
+    new_position[order] = np.arange(len(order))
+    index, start = {}, 0
+    for (name, _, _), shape in zip(moves, slots, strict=True):
+        stop = start + shape[0] * shape[1]
+        index[name] = tuple(tuple(int(p) for p in row) for row in new_position[start:stop].reshape(shape))
+        start = stop
+    where = dict(zip(rest.tolist(), new_position[start:].tolist(), strict=True))
+    return _Layout(source, index, where)
+
+
+def _keys(old: np.ndarray, index_map: IndexMap) -> tuple[np.ndarray, np.ndarray]:
+    """Sort keys (anchor, rank), each (new width, copies), for the slots of one group on one axis."""
+    copies = old.shape[1]
+    block_of = _blocks(old)
+    last = np.array([np.flatnonzero(block_of == b)[-1] for b in block_of])
+    first = np.array([np.flatnonzero(block_of == b)[0] for b in block_of])
+    offset = np.arange(copies) - first
+    length = last - first + 1
+    places = index_map.anchors()
+    lead = next((p for p in places if p != FRESH), 0)
+    ahead = next((slot for slot, p in enumerate(places) if p != FRESH), len(places))
+    anchor = np.empty((len(places), copies), dtype=np.int64)
+    rank = np.zeros((len(places), copies), dtype=np.int64)
+    sibling, behind = lead, -ahead - 1
+    for slot, place in enumerate(places):
+        if place != FRESH:
+            sibling, behind = place, 0
+            anchor[slot] = old[place]
+            continue
+        behind += 1
+        if slot < ahead:
+            anchor[slot] = old[sibling][first]
+            rank[slot] = (behind - 1) * length + offset
+        else:
+            anchor[slot] = old[sibling][last]
+            rank[slot] = 1 + (behind - 1) * length + offset
+    return anchor, rank
+
+
+def _blocks(old: np.ndarray) -> np.ndarray:
+    """Which block each copy belongs to: copies that stand side by side in every channel move as one block."""
+    if old.shape[1] == 1:
+        return np.zeros(1, dtype=np.int64)
+    together = (np.diff(old, axis=1) == 1).all(axis=0)
+    return np.concatenate([[0], np.cumsum(~together)])
