@@ -204,7 +204,14 @@ class ChannelMap:
 
     def resized(self, plan: ResizePlan) -> ChannelMap:
         """The map of the network after the plan. Raises as `check` does."""
+        return self._after(self._layouts(plan))
+
+    def gathers_and_resized(self, plan: ResizePlan) -> tuple[dict[ParamAxis, np.ndarray], ChannelMap]:
+        """What `gathers` and `resized` return, for the price of one."""
         layouts = self._layouts(plan)
+        return {axis: layout.source for axis, layout in layouts.items()}, self._after(layouts)
+
+    def _after(self, layouts: Mapping[ParamAxis, _Layout]) -> ChannelMap:
         shapes = dict(self.shapes)
         for axis, layout in layouts.items():
             shape = list(shapes[axis.name])
@@ -277,39 +284,33 @@ def _lay_out(length: int, moves: Sequence[tuple[str, Place, IndexMap]]) -> _Layo
     index, start = {}, 0
     for (name, _, _), shape in zip(moves, slots, strict=True):
         stop = start + shape[0] * shape[1]
-        index[name] = tuple(tuple(int(p) for p in row) for row in new_position[start:stop].reshape(shape))
+        index[name] = _rows(new_position[start:stop].reshape(shape))
         start = stop
     where = dict(zip(rest.tolist(), new_position[start:].tolist(), strict=True))
     return _Layout(source, index, where)
 
 
+def _rows(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, table.tolist()))
+
+
 def _keys(old: np.ndarray, index_map: IndexMap) -> tuple[np.ndarray, np.ndarray]:
     """Sort keys (anchor, rank), each (new width, copies), for the slots of one group on one axis."""
-    copies = old.shape[1]
-    block_of = _blocks(old)
-    last = np.array([np.flatnonzero(block_of == b)[-1] for b in block_of])
-    first = np.array([np.flatnonzero(block_of == b)[0] for b in block_of])
-    offset = np.arange(copies) - first
-    length = last - first + 1
-    places = index_map.anchors()
-    lead = next((p for p in places if p != FRESH), 0)
-    ahead = next((slot for slot, p in enumerate(places) if p != FRESH), len(places))
-    anchor = np.empty((len(places), copies), dtype=np.int64)
-    rank = np.zeros((len(places), copies), dtype=np.int64)
-    sibling, behind = lead, -ahead - 1
-    for slot, place in enumerate(places):
-        if place != FRESH:
-            sibling, behind = place, 0
-            anchor[slot] = old[place]
-            continue
-        behind += 1
-        if slot < ahead:
-            anchor[slot] = old[sibling][first]
-            rank[slot] = (behind - 1) * length + offset
-        else:
-            anchor[slot] = old[sibling][last]
-            rank[slot] = 1 + (behind - 1) * length + offset
-    return anchor, rank
+    block = _blocks(old)
+    first = np.searchsorted(block, block)
+    last = np.searchsorted(block, block, side="right") - 1
+    length, offset = last - first + 1, np.arange(len(block)) - first
+    places = np.array(index_map.anchors())
+    slots = np.arange(len(places))
+    anchored = np.flatnonzero(places != FRESH)
+    if not len(anchored):  # nobody stays: all stand where the first channel stood
+        return np.broadcast_to(old[0][first], (len(slots), len(block))), slots[:, None] * length + offset
+    leader = anchored[np.maximum(np.searchsorted(anchored, slots, side="right") - 1, 0)]
+    sibling = old[places[leader]]
+    behind = (slots - leader)[:, None]  # negative: ahead of the first slot that keeps its place
+    anchor = np.where(behind == 0, sibling, np.where(behind > 0, sibling[:, last], sibling[:, first]))
+    rank = np.where(behind > 0, 1 + (behind - 1) * length + offset, behind * length + offset)
+    return anchor, np.where(behind == 0, 0, rank)
 
 
 def _blocks(old: np.ndarray) -> np.ndarray:

@@ -106,14 +106,13 @@ def apply_(
     share memory and for a conv or norm group that is torn apart, UnsupportedOptimizerError for an optimizer outside
     `OPTIMIZER_STATE`.
     """
-    gathers = channel_map.gathers(plan)
+    gathers, resized = channel_map.gathers_and_resized(plan)
     if not gathers:
         warnings.warn(
             "the resize plan changes nothing: give at least one channel group an index map that is not the identity",
             stacklevel=2,
         )
         return channel_map
-    resized = channel_map.resized(plan)
     edits = _edits(channel_map, plan, gathers)
     patient = _patient(model, channel_map, edits, tuple(dict.fromkeys(optimizers)), tuple(dict.fromkeys(followers)))
     with torch.no_grad(), _all_or_nothing(generator or torch.default_generator) as journal:

@@ -1,0 +1,467 @@
+"""Follow channel labels through eager forward passes: the channel map, frozen axes with reasons."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from autowidth.channels import ChannelGroup, ChannelMap, FrozenAxis, IndexMap, ParamAxis, Place, Role
+from autowidth.rules import Call, Dyes, Ledger, outputs, rule_for, spread
+from autowidth.surgery import apply_
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+class TraceError(ValueError):
+    """The model cannot be traced with these example inputs."""
+
+
+def trace(model: nn.Module, example_inputs: Inputs, *, rehearse: bool = True) -> ChannelMap:
+    """Returns the channel map of a model: which channels live where, what is frozen and why.
+
+    Runs scratch copies of the model, never the model itself: first without data (meta tensors), and with the data
+    where the forward pass needs values. Training and evaluation mode are both followed, and what they say is united.
+    `example_inputs` is what the model is called with: a tensor, a tuple of arguments, or a mapping of keyword
+    arguments. Only the branch of the code that these inputs take is seen. With `rehearse`, every channel group is
+    resized for trial on a scratch copy, and frozen if the network does not survive it.
+
+    Raises TraceError if the model cannot be run on the inputs, or returns tensors that cannot be found.
+    """
+    args, kwargs = _arguments(model, example_inputs)
+    with _undisturbed(model):
+        studio = _studio(model, args, kwargs)
+        channel_map = studio.look(studio.model)
+        return _rehearsed(studio, channel_map) if rehearse else channel_map
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Keeps the caller's inference mode and autocast out, and puts the global random states back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    homes = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    devices = [home.index for home in homes if home.type == "cuda"]
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=devices))  # dropout and trial insertions draw from it
+            stack.enter_context(torch.inference_mode(False))  # there ops arrive whole that have no rules
+            for kind in {home.type for home in homes} - {"meta"}:
+                stack.enter_context(torch.autocast(kind, enabled=False))  # its cached weights carry no labels
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+# ---- scratch copies --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Studio:
+    """A scratch copy of the model with inputs that fit it, and the modes (training or not) to follow."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    modes: tuple[bool, ...] = (False, True)
+    notes: tuple[str, ...] = ()
+
+    def look(self, model: nn.Module) -> ChannelMap:
+        """The channel map of this copy, without rehearsal. Raises what the forward pass raises."""
+        dyer = _Dyer(model, self.args, self.kwargs)
+        for training in self.modes:
+            dyer.follow(model.train(training), self.args, self.kwargs)
+        return replace(_read_off(dyer.ledger, _shapes(model)), notes=self.notes)
+
+    def copied(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+
+def _studio(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Studio:
+    """A scratch copy on the meta device if the forward pass needs no values, else a real one."""
+    on_meta = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+    candidates = [(lambda: _meta_copy(model), *on_meta, ())]
+    note = "the forward pass depends on values: only the branch taken by the example inputs was followed"
+    candidates.append((lambda: copy.deepcopy(model), args, kwargs, (note,)))
+    for make, a, k, notes in candidates:
+        scratch = make()
+        failures = {training: _failure(scratch.train(training), a, k) for training in (False, True)}
+        modes = tuple(training for training, error in failures.items() if error is None)
+        if modes:
+            lost = tuple(f"{'training' if t else 'evaluation'} mode was not followed: {_told(e)}"
+                         for t, e in failures.items() if e is not None)  # fmt: skip
+            return _Studio(scratch, a, k, modes, notes + lost)
+    shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    error = failures[False]
+    raise TraceError(
+        f"{type(model).__name__} does not run on the example inputs of shape {shapes}: {_told(error)}; "
+        "pass inputs that the model accepts, on its device and of its dtype"
+    ) from error
+
+
+def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are on the meta device: shapes without memory."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    else:
+        args = tuple(example_inputs)
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not tensors:
+        raise TraceError("example_inputs hold no tensor: pass what the model is called with, such as one batch")
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        raise TraceError(f"{type(model).__name__} has no parameters, so it has no channels to resize")
+    for tensor in tensors:
+        if tensor.device != weight.device:
+            raise TraceError(
+                f"example inputs are on {tensor.device}, the model is on {weight.device}: move them to {weight.device}"
+            )
+        if tensor.is_floating_point() and tensor.dtype != weight.dtype:
+            raise TraceError(f"example inputs are {tensor.dtype}, the model is {weight.dtype}: convert the inputs")
+    return args, kwargs
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
+
+
+def _told(error: BaseException | None) -> str:
+    """An error in one line, with the line of the user's code where it arose."""
+    if error is None:
+        return ""
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = []
+    step = error.__traceback__
+    while step is not None:
+        frames.append((step.tb_frame.f_code.co_filename, step.tb_lineno))
+        step = step.tb_next
+    return f"{text[:200]}{_line(reversed(frames))}"
+
+
+def _line(frames: Iterator[tuple[str, int]]) -> str:
+    """` (file.py:12)` of the first frame that is neither torch nor autowidth, or nothing."""
+    for filename, number in frames:
+        if not filename.startswith(_OWN) and not filename.startswith("<"):
+            return f" ({os.path.basename(filename)}:{number})"
+    return ""
+
+
+_OWN = (
+    os.path.dirname(torch.__file__),
+    *(os.path.join(os.path.dirname(__file__), f) for f in ("trace.py", "rules.py")),
+)
+
+
+# ---- the dye ---------------------------------------------------------------------------------------------------------
+
+
+class _Dyer(TorchDispatchMode):
+    """Runs under the forward pass, below autograd, and lets every ATen op pass its labels on."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.ledger = Ledger(batch=max(tensors[0].size(0), 1) if tensors[0].dim() else 1, where=self._where)
+        self._dyes: MutableMapping[Tensor, Dyes] = WeakIdKeyDictionary()
+        self._counted = False
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            self._dyes[tensor] = tuple(
+                spread(self.ledger.slots(name, d, n), tensor.shape, d)
+                for d, n in enumerate(tensor.shape)
+                if n > 1 or d < 2
+            )
+        for tensor in tensors:
+            self._dyes[tensor] = self.ledger.frozen_dyes(tensor.shape, "model input")
+
+    def follow(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """One forward pass. Only the first one counts the uses of weights."""
+        uses = list(self.ledger.uses)
+        with torch.no_grad(), self:
+            result = model(*args, **kwargs)
+        for tensor in _found(result):
+            self.ledger.freeze(self._dyes.get(tensor, ()), "model output")
+        if self._counted:
+            self.ledger.uses = uses
+        self._counted = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        bound = _bound(func, args, kwargs or {})
+        out = _shape_of_norm(bound["input"]) if _is_meta_norm(func, bound) else func(*args, **(kwargs or {}))
+        call = Call(func, bound, out, self._dyes_of, self.ledger)
+        if not any(self._dyes_of(t) for t in call.tensors()):
+            return out
+        for tensor, dyes in zip(outputs(out), rule_for(func)(call), strict=False):
+            self._dyes[tensor] = dyes
+        return out
+
+    def _dyes_of(self, tensor: Tensor) -> Dyes:
+        return self._dyes.get(tensor, ())
+
+    def _where(self) -> str:
+        frame = sys._getframe(1)
+        frames = []
+        while frame is not None:
+            frames.append((frame.f_code.co_filename, frame.f_lineno))
+            frame = frame.f_back  # type: ignore[assignment]
+        return _line(iter(frames))
+
+
+def _is_meta_norm(func: Any, bound: Mapping[str, Any]) -> bool:
+    return func is torch.ops.aten.native_batch_norm.default and bool(bound["input"].is_meta)
+
+
+def _shape_of_norm(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a batch norm returns, shapes only: on meta tensors torch decomposes it into a dozen slow Python ops."""
+    return torch.empty_like(image), image.new_empty(image.size(1)), image.new_empty(image.size(1))
+
+
+def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an op call by schema name."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _found(result: Any) -> Iterator[Tensor]:
+    """Every tensor in what a model returned: nested tuples, lists, mappings and dataclasses."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _found(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf):
+            yield from _found([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        elif leaf is not None and not isinstance(leaf, str | int | float | bool | torch.Size):
+            raise TraceError(
+                f"the model returns a {type(leaf).__name__}, whose tensors cannot be found: "
+                "return tensors, tuples, lists, dicts or dataclasses"
+            )
+
+
+# ---- from labels to channel groups -----------------------------------------------------------------------------------
+
+
+def _read_off(ledger: Ledger, shapes: dict[str, tuple[int, ...]]) -> ChannelMap:
+    """Classes of united slots become channels; channels with the same places become channel groups."""
+    classes = _classes(ledger)
+    slots = _Slots.of(ledger, classes)
+    reasons = {int(classes[i]): reason for i, reason in reversed(ledger.marks.items())}
+    alike: dict[bytes, list[int]] = {}
+    for channel, key in enumerate(slots.keys):
+        alike.setdefault(key, []).append(channel)
+    groups: list[tuple[Place, ...]] = []
+    frozen: dict[tuple[ParamAxis, str], list[int]] = {}
+    for members in alike.values():
+        unfit = _unfit(ledger, slots.axes_of(members[0]))
+        if unfit == _NO_CHANNEL:
+            continue  # kernel windows, tokens and the like: nobody reads or writes channels there
+        free = []
+        for channel in members:
+            reason = reasons.get(slots.label(channel)) or unfit
+            if reason is None:
+                free.append(channel)
+            else:
+                for axis, position in slots.places_of(channel):
+                    frozen.setdefault((axis, reason), []).append(position)
+        if free:
+            groups.append(_group(ledger, slots, free))
+    return ChannelMap(
+        groups=_named(sorted(groups, key=lambda places: slots.rank[places[0].axis])),
+        frozen=tuple(FrozenAxis(axis, tuple(index), reason) for (axis, reason), index in frozen.items()),
+        uses=tuple(ledger.uses),
+        shapes=shapes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """All slots sorted by class, then by the order in which their axes were met, then by position.
+
+    first[i] to first[i + 1] are the slots of channel i; keys[i] says on which axes it has how many.
+    """
+
+    axes: tuple[ParamAxis, ...]
+    rank: dict[ParamAxis, int]
+    owner: np.ndarray
+    position: np.ndarray
+    classes: np.ndarray
+    first: np.ndarray
+    keys: list[bytes]
+
+    @classmethod
+    def of(cls, ledger: Ledger, classes: np.ndarray) -> _Slots:
+        """Sorts the slots of a ledger whose ids have these classes."""
+        met = {axis: i for i, axis in enumerate(ledger.roles)}
+        axes = tuple(sorted(ledger.axes, key=lambda axis: met.get(axis, len(met))))
+        rank = {axis: i for i, axis in enumerate(axes)}
+        owner = np.repeat([rank[axis] for axis in ledger.axes], ledger.lengths)
+        position = np.concatenate([np.arange(length) for length in ledger.lengths])
+        ids = np.concatenate([np.arange(s, s + n) for s, n in zip(ledger.starts, ledger.lengths, strict=True)])
+        order = np.lexsort((position, owner, classes[ids]))
+        owner, position, of_slot = owner[order], position[order], classes[ids][order]
+        first = np.flatnonzero(np.diff(of_slot, prepend=-1))
+        bounds = [*first.tolist(), len(order)]
+        raw = owner.tobytes()
+        width = owner.itemsize
+        keys = [raw[a * width : b * width] for a, b in itertools.pairwise(bounds)]
+        return cls(axes, rank, owner, position, of_slot, np.array(bounds), keys)
+
+    def label(self, channel: int) -> int:
+        """The number of the channel's class."""
+        return int(self.classes[self.first[channel]])
+
+    def axes_of(self, channel: int) -> list[ParamAxis]:
+        """The axes on which a channel lives, each as often as it has positions there."""
+        return [self.axes[i] for i in self.owner[self.first[channel] : self.first[channel + 1]].tolist()]
+
+    def places_of(self, channel: int) -> list[tuple[ParamAxis, int]]:
+        """The axes and positions of a channel."""
+        positions = self.position[self.first[channel] : self.first[channel + 1]].tolist()
+        return list(zip(self.axes_of(channel), positions, strict=True))
+
+
+def _classes(ledger: Ledger) -> np.ndarray:
+    """For every id the number of its class: one class is one channel and every place where it lives."""
+    if not ledger.edges:
+        return np.arange(ledger.ids)
+    a, b = (np.concatenate(side) for side in zip(*ledger.edges, strict=True))
+    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(ledger.ids, ledger.ids))
+    labels: np.ndarray = connected_components(graph, directed=False)[1]
+    return labels
+
+
+_NO_CHANNEL = "no layer reads or writes channels here"
+
+
+def _unfit(ledger: Ledger, axes: Sequence[ParamAxis]) -> str | None:
+    """Why a class that met no frozen mark still cannot be resized."""
+    roles = [ledger.roles.get(axis, set()) for axis in axes]
+    if not any(roles):
+        return _NO_CHANNEL
+    if any({"read", "write"} <= role for role in roles):
+        return "one axis both reads and writes channels"
+    if not any("write" in role for role in roles):
+        return "no layer writes these channels"
+    if not any("read" in role for role in roles):
+        return "no layer reads these channels"
+    return None
+
+
+def _group(ledger: Ledger, slots: _Slots, channels: list[int]) -> tuple[Place, ...]:
+    """The places of one channel group; channels in the order in which the first layer writes them."""
+    axes = slots.axes_of(channels[0])
+    table = slots.position[slots.first[channels][:, None] + np.arange(len(axes))]
+    writer = next(i for i, axis in enumerate(axes) if "write" in ledger.roles.get(axis, set()))
+    table = table[np.argsort(table[:, writer], kind="stable")]
+    places = []
+    for axis, columns in itertools.groupby(range(len(axes)), key=axes.__getitem__):
+        roles = ledger.roles.get(axis, set())
+        role: Role = "read" if "read" in roles else "write" if "write" in roles else "carry"
+        places.append(Place(axis, role, tuple(map(tuple, table[:, list(columns)].tolist()))))
+    return tuple(places)
+
+
+def _named(groups: Sequence[tuple[Place, ...]]) -> tuple[ChannelGroup, ...]:
+    """Names each group after the layer that first writes it; several groups of one layer are numbered."""
+    used: dict[str, int] = {}
+    named = []
+    for places in groups:
+        writer = next(place.axis.name for place in places if place.role == "write")
+        name = writer.split(".parametrizations.")[0].removesuffix(".weight")
+        used[name] = used.get(name, 0) + 1
+        named.append(ChannelGroup(name if used[name] == 1 else f"{name}#{used[name]}", places))
+    return tuple(named)
+
+
+# ---- rehearsal -------------------------------------------------------------------------------------------------------
+
+
+def _rehearsed(studio: _Studio, channel_map: ChannelMap) -> ChannelMap:
+    """Freezes, with the reason, every channel group that does not survive a trial resize on a scratch copy."""
+    groups = list(channel_map.groups)
+    unfit: dict[str, str] = {}
+    while groups:
+        found = _failing(studio, channel_map, groups)
+        if not found:
+            break
+        unfit |= found
+        groups = [group for group in groups if group.name not in unfit]
+    frozen = [
+        FrozenAxis(place.axis, tuple(p for row in place.index for p in row), unfit[group.name])
+        for group in channel_map.groups
+        if group.name in unfit
+        for place in group.places
+    ]
+    return replace(channel_map, groups=tuple(groups), frozen=(*channel_map.frozen, *frozen))
+
+
+def _failing(studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup]) -> dict[str, str]:
+    """Group name -> why it cannot be resized, by halving; empty if all these groups survive together."""
+    broken, trouble = _trial(studio, channel_map, groups)
+    if not trouble:
+        return {}
+    if broken or len(groups) == 1:
+        return dict.fromkeys(broken or [groups[0].name], trouble)
+    half = len(groups) // 2
+    found = _failing(studio, channel_map, groups[:half]) | _failing(studio, channel_map, groups[half:])
+    return found or {group.name: f"resized together: {trouble}" for group in groups}
+
+
+def _trial(studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup]) -> tuple[list[str], str]:
+    """Removes one channel everywhere, then inserts differing numbers. Returns (broken groups, what happened).
+
+    Differing numbers tell groups apart that only survive when they are resized alike, such as halves that must match.
+    """
+    removal = {g.name: IndexMap.removing([0], g.width) for g in groups if g.width > 2}
+    insertion = {g.name: IndexMap.identity(g.width).inserting(1 + i % 7) for i, g in enumerate(groups)}
+    for act, plan in (("removing", removal), ("inserting", insertion)):
+        if not plan:
+            continue
+        scratch = studio.copied()
+        try:
+            expected = apply_(scratch, channel_map, plan)
+            seen = {group.places for group in studio.look(scratch).groups}
+        except Exception as error:
+            return [], f"{act} a channel fails: {_told(error)}"
+        names = {group.name for group in groups}
+        moved = [g.name for g in expected.groups if g.name in names and g.places not in seen]
+        if moved:
+            return moved, f"{act} a channel changes which channels belong together"
+    return [], ""

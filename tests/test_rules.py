@@ -1,0 +1,416 @@
+"""One row per kind of op: what an op call on labelled tensors does to the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autowidth.channels import ParamAxis
+from autowidth.rules import (
+    NEUTRAL,
+    RULES,
+    Call,
+    Dyes,
+    Ledger,
+    lies_along,
+    merged,
+    no_rule,
+    outputs,
+    pointwise,
+    rule,
+    rule_for,
+    shrunk,
+    spread,
+    tidy,
+)
+
+Op = Callable[..., Any]
+FROZEN, NONE = -2, -1
+
+
+# ---- a bench for single ops ------------------------------------------------------------------------------------------
+
+
+class Bench(TorchDispatchMode):
+    """Applies rules to the ops under it and keeps the dyes of every tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(batch=2)
+        self.dyes: dict[int, Dyes] = {}
+        self.alive: list[Tensor] = []
+        self.used: set[Any] = set()
+
+    def label(self, name: str, tensor: Tensor, *dims: int) -> Tensor:
+        """Gives the tensor slots of its own along these dims."""
+        return self.dye(tensor, *(spread(self.ledger.slots(name, d, tensor.size(d)), tensor.shape, d) for d in dims))
+
+    def dye(self, tensor: Tensor, *dyes: Tensor) -> Tensor:
+        self.dyes[id(tensor)] = dyes
+        self.alive.append(tensor)  # an id must not be used again
+        return tensor
+
+    def of(self, tensor: Tensor) -> Dyes:
+        return self.dyes.get(id(tensor), ())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        names = [argument.name for argument in func._schema.arguments]
+        call = Call(func, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, out, self.of, self.ledger)
+        if any(self.of(t) for t in call.tensors()):
+            self.used.add(rule_for(func))
+            for tensor, dyes in zip(outputs(out), rule_for(func)(call), strict=False):
+                self.dye(tensor, *dyes)
+        return out
+
+    def names(self) -> dict[int, int]:
+        """For every id the least slot that it is united with, FROZEN if it is united with a mark."""
+        parent = list(range(self.ledger.ids))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                i = parent[i]
+            return i
+
+        for a, b in self.ledger.edges:
+            for x, y in zip(a.tolist(), b.tolist(), strict=True):
+                low, high = sorted((root(x), root(y)))
+                parent[high] = low
+        frozen = {root(mark) for mark in self.ledger.marks}
+        return {i: FROZEN if root(i) in frozen else root(i) for i in range(self.ledger.ids)} | {NEUTRAL: NONE}
+
+    def seen(self, tensor: Tensor) -> dict[int, list[Any]]:
+        """Dim(s) -> labels along them, for each dye of a tensor; labels that vary along two dims are nested."""
+        names, found = self.names(), {}
+        for dye in self.of(tensor):
+            dims = sorted(lies_along(dye))
+            small = shrunk(dye)
+            flat = torch.tensor([names[i] for i in small.reshape(-1).tolist()]).view(small.shape)
+            squeezed = flat.squeeze() if dims else flat.reshape(-1)[:1]
+            found[dims[0] if len(dims) == 1 else tuple(dims)] = squeezed.tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors, labelled along one dim each, an op on them, and the labels expected.
+
+    Slots count through: four channels of the first tensor are 0 to 3, the next tensor goes on from 4.
+    out: for each labelled output dim the labels. ties: slots that the op unites.
+    """
+
+    op: Op
+    out: dict[Any, Any]
+    shapes: Sequence[tuple[int, ...]] = ((2, 4, 3, 3),)
+    dims: Sequence[Any] = (1,)
+    ties: Sequence[set[int]] = ()
+    frozen: Sequence[int] = ()
+
+
+X, V = (2, 4, 3, 3), (4,)
+SAME = {1: [0, 1, 2, 3]}
+PAIRED = [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
+ALL_FROZEN = {1: [FROZEN] * 4, 2: [FROZEN] * 3, 3: [FROZEN] * 3}
+
+ROWS: dict[str, Row] = {
+    # elementwise
+    "relu": Row(torch.relu, SAME),
+    "relu in place": Row(torch.relu_, SAME),
+    "hardswish": Row(F.hardswish, SAME),
+    "hardswish in place": Row(lambda x: F.hardswish(x, inplace=True), SAME),
+    "mish in place": Row(lambda x: F.mish(x, inplace=True), SAME),
+    "to another dtype": Row(lambda x: x.to(torch.float64), SAME),
+    "dropout": Row(lambda x: F.dropout(x, 0.5), SAME),
+    "dropout of channels": Row(lambda x: F.dropout2d(x, 0.5), SAME),
+    "add": Row(torch.add, SAME, (X, X), (1, 1), PAIRED),
+    "add a neutral one": Row(torch.add, SAME, (X, X), (1, None)),
+    "add in place": Row(lambda x, y: x.add_(y), SAME, (X, X), (1, 1), PAIRED),
+    "scale": Row(lambda x, s: x * s, SAME, (X, (4, 1, 1)), (1, 0), PAIRED),
+    "where": Row(lambda x, y: torch.where(x > 0, x, y), SAME, (X, X), (1, 1), PAIRED),
+    "prelu": Row(F.prelu, SAME, (X, V), (1, 0), PAIRED),
+    "one channel over many": Row(lambda x, g: x * g, SAME, (X, (2, 1, 3, 3)), (1, 1)),
+    "along another dim": Row(torch.add, {1: [0, 1, 2, 3], 3: [4, 5, 6]}, (X, X), (1, 3)),
+    "write into a view": Row(
+        lambda x: torch.zeros(2, 8, 3, 3)[:, :4].copy_(x), {1: [FROZEN] * 4}, frozen=(0, 1, 2, 3)
+    ),
+    # gated, softmax, nameless
+    "glu": Row(lambda x: F.glu(x, 1), {1: [0, 1]}, ties=[{0, 2}, {1, 3}]),
+    "glu along another dim": Row(lambda x: F.glu(x, 0), SAME),
+    "softmax": Row(lambda x: x.softmax(1), SAME),
+    "cumsum": Row(lambda x: x.cumsum(1), SAME),
+    "zeros_like": Row(torch.zeros_like, {}),
+    "argmax": Row(lambda x: x.argmax(1), {}),
+    "zero in place": Row(lambda x: x.zero_(), SAME),
+    # data movement
+    "view": Row(lambda x: x.view(2, 2, 2, 3, 3), {(1, 2): [[0, 1], [2, 3]]}),
+    "shuffle": Row(lambda x: x.view(2, 2, 2, 3, 3).transpose(1, 2).reshape(2, 4, 3, 3), {1: [0, 2, 1, 3]}),
+    "flatten": Row(lambda x: x.flatten(1), {1: [0, 0, 0, 0, 1, 1, 1, 1]}, ((2, 2, 2, 2),)),
+    "permute and flatten": Row(
+        lambda x: x.permute(0, 2, 3, 1).flatten(1), {1: [0, 1, 0, 1, 0, 1, 0, 1]}, ((2, 2, 2, 2),)
+    ),
+    "transpose": Row(lambda x: x.transpose(1, 3), {3: [0, 1, 2, 3]}),
+    "transpose in place": Row(lambda x: x.transpose_(1, 3), {3: [0, 1, 2, 3]}),
+    "slice": Row(lambda x: x[:, 1:3], {1: [1, 2]}),
+    "slice another dim": Row(lambda x: x[..., ::2], SAME),
+    "select": Row(lambda x: x[:, 2], {(): [2]}),
+    "flip": Row(lambda x: x.flip(1), {1: [3, 2, 1, 0]}),
+    "roll": Row(lambda x: x.roll(1, 1), {1: [3, 0, 1, 2]}),
+    "expand": Row(lambda x: x.expand(2, 4, 3, 3), SAME, ((2, 4, 1, 1),)),
+    "repeat": Row(lambda x: x.repeat(1, 2, 1, 1), {1: [0, 1, 2, 3, 0, 1, 2, 3]}),
+    "unsqueeze": Row(lambda x: x.unsqueeze(1), {2: [0, 1, 2, 3]}),
+    "clone": Row(torch.clone, SAME),
+    "contiguous in another format": Row(lambda x: x.contiguous(memory_format=torch.channels_last), SAME),
+    "detach": Row(lambda x: x.detach(), SAME),
+    "pixel_shuffle": Row(lambda x: F.pixel_shuffle(x, 2), {(2, 3): [[0, 1, 0, 1], [2, 3, 2, 3]] * 2}, ((2, 4, 2, 2),)),
+    "chunk": Row(lambda x: x.chunk(2, 1)[1], {1: [2, 3]}),
+    "split": Row(lambda x: x.split([1, 3], 1)[1], {1: [1, 2, 3]}),
+    "unbind": Row(lambda x: x.unbind(2)[0], SAME),
+    "cat": Row(lambda x, y: torch.cat([x, y], 1), {1: [0, 1, 2, 3, 4, 5]}, (X, (2, 2, 3, 3)), (1, 1)),
+    "cat with a neutral one": Row(
+        lambda x, y: torch.cat([x, y], 1), {1: [0, 1, 2, 3, NONE, NONE]}, (X, (2, 2, 3, 3)), (1, None)
+    ),
+    "cat along another dim": Row(
+        lambda x, y: torch.cat([x, y], 3), {(1, 3): [[0, 2], [1, 3]]}, ((2, 2, 1, 1), (2, 2, 1, 1)), (1, 1)
+    ),
+    "cat of one that lies along two dims": Row(
+        lambda x, y: torch.cat([x, y], 1),
+        {1: [0, 1, 4, 5], (1, 2): [[2, 3], [2, 3], [NONE, NONE], [NONE, NONE]]},
+        ((2, 2, 2, 3), (2, 2, 2, 3)),
+        ((1, 2), 1),
+    ),
+    "cat of one with a label on a dim of one": Row(
+        lambda x, y: torch.cat([x, y], 1), {1: [0, 0, 0, 0, 5, 6]}, ((2, 4, 1, 1), (2, 2, 1, 1)), ((1, 2), 1),
+        [{0, 1, 2, 3, 4}],
+    ),
+    "cat with an empty one": Row(lambda x: torch.cat([torch.zeros(0), x], 1), SAME),
+    "stack": Row(lambda x, y: torch.stack([x, y], 1), {(1, 2): [[0, 1], [2, 3]]}, ((2, 2), (2, 2)), (1, 1)),
+    "as_strided that changes nothing": Row(lambda x: x.as_strided((2, 4, 1, 1), (4, 1, 4, 4)), SAME, ((2, 4, 1, 1),)),
+    "as_strided that does": Row(
+        lambda x: x.as_strided((3, 3), (1, 3)), {1: [FROZEN] * 3}, ((3, 3),), frozen=(0, 1, 2)
+    ),
+    "as_strided in place that does": Row(
+        lambda x: x.as_strided_((3, 3), (1, 3)), {1: [FROZEN] * 3}, ((3, 3),), frozen=(0, 1, 2)
+    ),
+    "pad pixels": Row(lambda x: F.pad(x, (1, 2)), SAME),
+    "pad channels": Row(
+        lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), {1: [FROZEN, 0, 1, 2, 3, FROZEN, FROZEN]}
+    ),
+    # pooling and reductions
+    "max_pool2d": Row(lambda x: F.max_pool2d(x, 3), SAME),
+    "adaptive_avg_pool2d": Row(lambda x: F.adaptive_avg_pool2d(x, 2), SAME),
+    "interpolate": Row(lambda x: F.interpolate(x, scale_factor=2.0), SAME),
+    "pooling along channels": Row(
+        lambda x: F.avg_pool1d(x, 2), {2: [FROZEN, FROZEN]}, ((2, 3, 4),), (2,), frozen=(0, 1, 2, 3)
+    ),
+    "mean of pixels": Row(lambda x: x.mean((2, 3)), SAME),
+    "mean of pixels, dims kept": Row(lambda x: x.mean((2, 3), keepdim=True), SAME),
+    "mean of channels": Row(lambda x: x.mean(1), {}),
+    "mean of everything": Row(lambda x: x.mean(), {}),
+    "max with indices": Row(lambda x: x.max(3)[0], SAME),
+    "max of two": Row(torch.max, SAME, (X, X), (1, 1), PAIRED),
+    "var": Row(lambda x: x.var((0, 2, 3)), {0: [0, 1, 2, 3]}),
+    "sum over a part of a channel's dims": Row(
+        lambda x: x.view(2, 2, 2, 3, 3).sum(2), {1: [0, 2]}, ties=[{0, 1}, {2, 3}]
+    ),
+    # norms
+    "batch_norm": Row(
+        lambda x, w, m: F.batch_norm(x, m, torch.ones(4), w), SAME, (X, V, V), (1, 0, 0),
+        [{0, 4, 8}, {1, 5, 9}, {2, 6, 10}, {3, 7, 11}],
+    ),
+    "batch_norm in training": Row(
+        lambda x, w: F.batch_norm(x, None, None, w, None, True), SAME, (X, V), (1, 0), PAIRED
+    ),
+    "batch_norm of a neutral input": Row(
+        lambda x, w: F.batch_norm(x, None, None, w, None, True), SAME, (X, V), (None, 0)
+    ),
+    "group_norm": Row(
+        lambda x, w: F.group_norm(x, 2, w), {1: [0, 0, 2, 2]}, (X, V), (1, 0), [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    ),
+    "group_norm with one group": Row(lambda x, w: F.group_norm(x, 1, w), SAME, (X, V), (1, 0), PAIRED),
+    "layer_norm": Row(lambda x, w: F.layer_norm(x, (4,), w), {2: [0, 1, 2, 3]}, ((2, 3, 4), V), (2, 0), PAIRED),
+    # weights
+    "conv": Row(
+        lambda x, w: F.conv2d(x, w), {1: [8, 9]}, (X, (2, 4, 1, 1)), (1, (1, 0)), PAIRED
+    ),
+    "conv with bias": Row(
+        lambda x, w, b: F.conv2d(x, w, b), {1: [8, 9]}, (X, (2, 4, 1, 1), (2,)), (1, (1, 0), 0),
+        [*PAIRED, {8, 10}, {9, 11}],
+    ),
+    "transposed conv": Row(
+        lambda x, w: F.conv_transpose2d(x, w), {1: [8, 9]}, (X, (4, 2, 1, 1)), (1, (0, 1)), PAIRED
+    ),
+    "depthwise conv": Row(
+        lambda x, w: F.conv2d(x, w, groups=4), SAME, (X, (4, 1, 1, 1)), (1, (0, 1)), PAIRED
+    ),
+    "grouped conv": Row(
+        lambda x, w: F.conv2d(x, w, groups=2), {1: [0, 0, 0, 2, 2, 2]}, (X, (6, 2, 1, 1)), (1, (0, 1)),
+        [{0, 1, 4, 5, 6}, {2, 3, 7, 8, 9}],
+    ),
+    "grouped transposed conv": Row(
+        lambda x, w: F.conv_transpose2d(x, w, groups=2), {1: [0, 0, 0, 2, 2, 2]}, (X, (4, 3, 1, 1)), (1, (0, 1)),
+        [{0, 1, 4, 5}, {2, 3, 6, 7}],
+    ),
+    "conv with a weight that is none": Row(
+        lambda x, w: F.conv2d(x, w), {1: [FROZEN] * 2, 2: [FROZEN] * 3, 3: [FROZEN] * 3}, (X, (2, 4, 1, 1)), (1, None),
+        frozen=(0, 1, 2, 3),
+    ),
+    "linear": Row(lambda x, w: F.linear(x, w), {1: [8, 9]}, ((2, 4), (2, 4)), (1, (1, 0)), PAIRED),
+    "linear with bias": Row(
+        lambda x, w, b: F.linear(x, w, b), {1: [8, 9]}, ((2, 4), (2, 4), (2,)), (1, (1, 0), 0),
+        [*PAIRED, {8, 10}, {9, 11}],
+    ),
+    "linear of a sequence": Row(
+        lambda x, w: F.linear(x, w), {2: [8, 9]}, ((2, 3, 4), (2, 4)), (2, (1, 0)), PAIRED
+    ),
+    "linear, whole": Row(
+        torch.inference_mode()(F.linear), {1: [8, 9]}, ((2, 4), (2, 4)), (1, (1, 0)), PAIRED
+    ),
+    "mm of two activations": Row(
+        torch.mm, {1: [FROZEN] * 3}, ((2, 4), (4, 3)), (1, None), frozen=(0, 1, 2, 3)
+    ),
+    "embedding": Row(
+        lambda w: F.embedding(torch.tensor([[0, 1]]), w), {2: [5, 6, 7, 8]}, ((5, 4),), ((0, 1),), frozen=range(5)
+    ),
+    "weight_norm": Row(
+        lambda v, g: torch._weight_norm(v, g, 0), {0: [0, 1], 1: [2, 3, 4]}, ((2, 3), (2, 1)), ((0, 1), 0),
+        [{0, 5}, {1, 6}],
+    ),
+    # unknown
+    "bmm": Row(
+        torch.bmm, {1: [FROZEN] * 3, 2: [FROZEN] * 3}, ((2, 3, 4), (2, 4, 3)), (2, 1), frozen=range(8)
+    ),
+    "fft": Row(lambda x: torch.fft.fft(x, dim=1), ALL_FROZEN, frozen=(0, 1, 2, 3)),
+    "sort": Row(lambda x: x.sort(1)[0], ALL_FROZEN, frozen=(0, 1, 2, 3)),
+}  # fmt: skip
+
+
+def perform(row: Row) -> tuple[Bench, Any]:
+    bench, tensors = Bench(), []
+    for i, (shape, dims) in enumerate(zip(row.shapes, row.dims, strict=True)):
+        tensor = torch.rand(shape) + 0.1
+        along = () if dims is None else dims if isinstance(dims, tuple) else (dims,)
+        tensors.append(bench.label(f"t{i}", tensor, *along))
+    with torch.no_grad(), bench:
+        out = row.op(*tensors)
+    return bench, out
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_labels_after_an_op(name: str) -> None:
+    row = ROWS[name]
+    bench, out = perform(row)
+    assert bench.seen(out) == row.out
+    names = bench.names()
+    slots = range(sum(bench.ledger.lengths))
+    expected = {i: i for i in slots}
+    for tie in row.ties:
+        expected |= dict.fromkeys(tie, min(tie))
+    expected |= dict.fromkeys(row.frozen, FROZEN)
+    assert {i: names[i] for i in slots} == expected
+
+
+def test_every_rule_has_a_row() -> None:
+    used: set[Any] = set()
+    for row in ROWS.values():
+        used |= perform(row)[0].used
+    assert {f.__name__ for f in {*RULES.values(), no_rule, pointwise}} == {f.__name__ for f in used}
+
+
+@pytest.mark.parametrize("name", ["bmm", "fft", "sort"])
+def test_frozen_labels_say_which_op_had_no_rule(name: str) -> None:
+    reasons = set(perform(ROWS[name])[0].ledger.marks.values())
+    assert len(reasons) == 1
+    assert "has no rule" in reasons.pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("conv with bias", {("t1", 0): {"write"}, ("t1", 1): {"read"}, ("t2", 0): {"carry"}}),
+        ("transposed conv", {("t1", 1): {"write"}, ("t1", 0): {"read"}}),
+        ("depthwise conv", {("t1", 0): {"carry"}}),
+        ("grouped conv", {("t1", 0): {"carry"}}),
+        ("linear with bias", {("t1", 0): {"write"}, ("t1", 1): {"read"}, ("t2", 0): {"carry"}}),
+        ("batch_norm", {("t1", 0): {"carry"}, ("t2", 0): {"carry"}}),
+        ("embedding", {("t0", 1): {"write"}}),
+    ],
+)
+def test_roles(name: str, roles: dict[tuple[str, int], set[str]]) -> None:
+    assert perform(ROWS[name])[0].ledger.roles == {ParamAxis(*axis): role for axis, role in roles.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [
+        ("conv", 9.0),  # pixels of the output, per sample
+        ("transposed conv", 9.0),  # pixels of the input
+        ("depthwise conv", 9.0),
+        ("linear", 1.0),
+        ("linear of a sequence", 3.0),
+    ],
+)
+def test_uses_count_multiplications_per_weight_and_sample(name: str, macs: float) -> None:
+    assert [(u.name, u.macs_per_weight) for u in perform(ROWS[name])[0].ledger.uses] == [("t1", macs)]
+
+
+# ---- the small functions ---------------------------------------------------------------------------------------------
+
+
+def test_dyes_take_no_memory_where_they_are_constant() -> None:
+    dye = spread(torch.arange(4), (2, 4, 1000, 1000), 1)
+    assert lies_along(dye) == {1}
+    assert dye.untyped_storage().nbytes() == 4 * 8
+    assert shrunk(dye).shape == (1, 4, 1, 1)
+    thick = dye[:, :, :3, :3].contiguous()
+    clean = tidy(thick)
+    assert clean is not None
+    assert lies_along(clean) == {1}
+    assert torch.equal(clean, thick)
+
+
+def test_tidy_drops_what_has_no_identity() -> None:
+    assert tidy(torch.full((2, 3), NEUTRAL)) is None
+    assert tidy(torch.zeros(0, 3, dtype=torch.int64)) is None
+    assert tidy(torch.tensor([[NEUTRAL, 4]])) is not None
+
+
+def test_merged_keeps_dyes_of_different_dims_apart() -> None:
+    ledger = Ledger(batch=1)
+    rows, columns = spread(ledger.slots("a", 0, 2), (2, 3), 0), spread(ledger.slots("b", 0, 3), (2, 3), 1)
+    assert [sorted(lies_along(d)) for d in merged(ledger, [(rows,), (columns,)], (2, 3))] == [[0], [1]]
+    assert ledger.edges == []
+
+
+def test_axis_of_a_label() -> None:
+    ledger = Ledger(batch=1)
+    ledger.slots("a", 0, 2)
+    ledger.slots("b", 1, 3)
+    mark = int(ledger.mark("because"))
+    assert [ledger.axis_of(i) for i in (0, 1, 2, 4)] == [ParamAxis("a", 0)] * 2 + [ParamAxis("b", 1)] * 2
+    assert ledger.axis_of(NEUTRAL) is None
+    assert ledger.axis_of(mark) is None
+
+
+def test_a_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autowidth.rules.RULES", dict(RULES))
+    assert rule_for(torch.ops.aten.bmm.default) is no_rule
+
+    @rule("bmm")
+    def batched(call: Call) -> list[Dyes]:
+        return [()]
+
+    assert rule_for(torch.ops.aten.bmm.default) is RULES.get("aten.bmm", batched)
+
+
+def test_an_op_in_place_has_the_rule_of_its_twin() -> None:
+    aten = torch.ops.aten
+    for name in ("hardswish", "gelu", "mish", "threshold", "masked_fill", "relu", "cumsum", "transpose"):
+        ours = [rule_for(getattr(getattr(aten, n), getattr(aten, n).overloads()[0])) for n in (name, f"{name}_")]
+        assert ours[0] is ours[1], name
