@@ -1,0 +1,27 @@
+"""Train a convolutional network once and come out with the right number of filters in every layer."""
+
+from autowidth.channels import ChannelGroup, ChannelMap, IndexMap, ParamAxis
+from autowidth.checkpoint import load_, save
+from autowidth.cost import count_macs
+from autowidth.engine import AutoWidth, Effort, resize_
+from autowidth.history import Event, History
+from autowidth.policy import Budget, Never
+from autowidth.trace import trace
+
+__all__ = [
+    "AutoWidth",
+    "Budget",
+    "ChannelGroup",
+    "ChannelMap",
+    "Effort",
+    "Event",
+    "History",
+    "IndexMap",
+    "Never",
+    "ParamAxis",
+    "count_macs",
+    "load_",
+    "resize_",
+    "save",
+    "trace",
+]

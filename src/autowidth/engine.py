@@ -1,0 +1,399 @@
+"""Attached to a model and its optimizer: review = probe, audit, decide, resize, record.
+
+The life of a review:
+
+    quiet:                                   # evaluation mode; modes, norms and random state put back afterwards
+        batches   = probe data, in two parts: one to score filters, one held out for the audit
+        settle the running statistics of norms on the scoring part: in training they lag behind the weights
+        sums      = probe(model, scoring part)
+        parts     = profit.parts(sums)       # next-layer and own-layer profit of every filter, nats per sample
+        ablations = a few filters, taken away for real on the held-out part
+        worths    = parts, combined as the audits so far have taught
+        decision  = policy.decide(worths, costs)
+        surgery on model, optimizers and followers
+        event     = everything above, appended to the history
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+import autowidth.audit as audits
+from autowidth.channels import ChannelMap, ResizePlan
+from autowidth.cost import macs_cost
+from autowidth.history import Event, Fidelity, History
+from autowidth.policy import Books, Decision, Policy, Situation
+from autowidth.probe import Loss, probe
+from autowidth.profit import combined, parts
+from autowidth.surgery import apply_
+from autowidth.trace import Inputs, trace
+
+
+class NothingToResizeError(ValueError):
+    """A model without a single channel group that can be resized."""
+
+
+class ForeignOptimizerError(ValueError):
+    """An optimizer that does not hold the model's parameters."""
+
+
+def resize_(
+    model: nn.Module,
+    plan: ResizePlan,
+    *,
+    example_inputs: Inputs,
+    optimizer: Optimizer | Sequence[Optimizer] = (),
+    followers: Sequence[nn.Module] = (),
+    generator: torch.Generator | None = None,
+) -> ChannelMap:
+    """Resizes channel groups of a live model by a plan (group name -> index map), or raises and nothing has changed.
+
+    Parameters, buffers, optimizer state, module attributes and followers (EMA copies) change together; Parameter
+    objects stay the same ones. Fresh channels have zero fan-out, so that the function is unchanged. Returns the new
+    channel map. Raises UnknownGroupError or ValueError where the plan does not fit; warns where it has no effect.
+    """
+    channel_map = trace(model, example_inputs)
+    return apply_(model, channel_map, plan, optimizers=_several(optimizer), followers=followers, generator=generator)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much a review may look at: samples for the probe, samples and filters for the audit."""
+
+    probe_samples: int = 512
+    audit_samples: int = 256
+    audit_filters: int = 12
+
+    def __post_init__(self) -> None:
+        if self.probe_samples < 1 or self.audit_samples < 0 or self.audit_filters < 0:
+            raise ValueError(f"{self}: need probe_samples >= 1, audit_samples >= 0 and audit_filters >= 0")
+
+    @classmethod
+    def fitting(cls, training_samples: int, reviews: int, *, share: float = 0.05) -> Effort:
+        """The effort at which reviews take about `share` of the computation of the run, at most the default effort.
+
+        `training_samples` is steps x batch size of the whole run. Counted in forward passes of one sample: training
+        takes 3; a probe sample 6 (norms settled twice, forward, backward, moments), an audit sample one per audited
+        filter and two more.
+        """
+        full = cls()
+        each = share * 3 * training_samples / max(reviews, 1)
+        probe = min(full.probe_samples, max(64, round(0.6 * each / 6)))
+        filters = full.audit_filters if each > 2000 else 8
+        return cls(
+            probe_samples=probe,
+            audit_samples=min(full.audit_samples, max(64, round(0.4 * each / (filters + 2)))),
+            audit_filters=filters,
+        )
+
+
+class AutoWidth:
+    """The engine: call `step()` after every optimizer step; now and then it reviews the widths.
+
+    probe: a loader or list of (inputs, target) that can be iterated again and again; it should hold training data
+        that the policy may look at, best without augmentation. Never pass test data.
+    loss_fn: called as loss_fn(model(inputs), target), a mean over samples. Worth is in its unit (nats for
+        cross-entropy).
+    policy: when to review and what to do (Budget, Never).
+    total_steps: optimizer steps of the whole run; the policy's schedule is a share of it.
+    followers: EMA copies of the model that are resized with it.
+
+    Raises NothingToResizeError with the reasons, ForeignOptimizerError, BudgetError, TraceError, ProbeError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        example_inputs: Inputs,
+        probe: Iterable[tuple[Any, Any]],
+        loss_fn: Loss,
+        policy: Policy,
+        total_steps: int,
+        followers: Sequence[nn.Module] = (),
+        effort: Effort | None = None,
+        seed: int = 0,
+    ) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps}: pass the number of optimizer steps of the run, at least 1")
+        self.model = model
+        self.optimizers = _several(optimizer)
+        self.followers = tuple(followers)
+        self.policy = policy
+        self.total_steps = total_steps
+        self.effort = effort or Effort()
+        self.channel_map = trace(model, example_inputs)
+        self.calibration = audits.Calibration()
+        self.steps = 0
+        self._probe = probe
+        self._loss_fn = loss_fn
+        self._generator = torch.Generator().manual_seed(seed)
+        self._rng = np.random.default_rng(seed)
+        self._review_steps = frozenset(policy.reviews(total_steps))
+        self._age: dict[str, list[int | None]] = {group.name: [None] * group.width for group in self.channel_map.groups}
+        with quiet(model):  # a shuffled loader draws from the global random state
+            self._check()
+        self.history = History(self.channel_map.widths)
+        self.macs_start, self.params_start = self.macs, self.params
+
+    def _check(self) -> None:
+        """Everything that can be known to be wrong before training starts."""
+        if not self.channel_map.groups:
+            reasons = sorted({f.reason for f in self.channel_map.frozen}) or ["no layer passes channels to another one"]
+            raise NothingToResizeError(
+                f"{type(self.model).__name__} has no channel group that can be resized: {'; '.join(reasons[:5])}"
+            )
+        held = {i for optimizer in self.optimizers for i in _held(optimizer)}
+        names = {place.axis.name for group in self.channel_map.groups for place in group.places}
+        ours = {id(p): name for name, p in self.model.named_parameters()}
+        foreign = any(_held(o).isdisjoint(ours) for o in self.optimizers)
+        if foreign or not any(ours[i] in names for i in held & ours.keys()):
+            raise ForeignOptimizerError(
+                f"{' and '.join(type(o).__name__ for o in self.optimizers) or 'no optimizer'} holds none of the "
+                "parameters that would be resized: build the optimizer from this model's parameters()"
+            )
+        self.policy.check(macs_cost(self.channel_map), self.channel_map.widths)
+        if self._review_steps:
+            probe(self.model, self.channel_map, itertools.islice(self._probe, 1), self._loss_fn)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The present widths by channel group."""
+        return self.channel_map.widths
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass of one sample, now."""
+        return round(macs_cost(self.channel_map).at(self.widths))
+
+    @property
+    def params(self) -> int:
+        """The number of parameters now."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def review_seconds(self) -> float:
+        """Wall time spent in reviews so far."""
+        return sum(event.seconds_total for event in self.history)
+
+    def step(self) -> Event | None:
+        """Counts one optimizer step. Returns the event of the review, if one took place, else None."""
+        self.steps += 1
+        return self.review() if self.steps in self._review_steps else None
+
+    def review(self) -> Event:
+        """One look at the books: probe, audit, decide, resize, record. Gradients are dropped where shapes change."""
+        clock = _Clock()
+        with quiet(self.model) as trained:
+            scoring, held_out = self._batches()
+            with settled_norms(self.model, scoring, among=trained):
+                sums = probe(self.model, self.channel_map, scoring, self._loss_fn)
+                features = parts(sums, self.channel_map, _effective_weights(self.model))
+                clock.lap("probe")
+                fidelity, baseline = self._audit(features, held_out)
+                worths = self._worths(features)
+                clock.lap("audit")
+            decision = self._decide(worths)
+            clock.lap("decide")
+            before = (self.macs, self.params)
+            self._operate(decision.plan)
+            clock.lap("surgery")
+            measured = None
+            if baseline is not None:
+                with settled_norms(self.model, scoring, among=trained):
+                    measured = audits.mean_loss(self.model, held_out, self._loss_fn) - baseline
+            clock.lap("audit")
+        event = Event(
+            step=self.steps,
+            total_steps=self.total_steps,
+            loss=sums.loss / sums.samples,
+            announced=decision.announced,
+            measured=measured,
+            price=decision.price,
+            target_macs=decision.target_macs,
+            macs_before=before[0],
+            macs=self.macs,
+            params_before=before[1],
+            params=self.params,
+            widths=self.widths,
+            maps=dict(decision.plan),
+            worths={name: _span(worth) for name, worth in worths.items()},
+            fidelity=fidelity,
+            coefficients=self.calibration.coefficients,
+            seconds=clock.seconds,
+            notes=decision.notes,
+        )
+        self.history.append(event)
+        return event
+
+    def _batches(self) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+        """Probe data for this review: one part to score filters, the next, held out, to audit the scores."""
+        stream = iter(self._probe)
+        scoring = _take(stream, self.effort.probe_samples)
+        return scoring, _take(stream, self.effort.audit_samples)
+
+    def _audit(
+        self, features: Mapping[str, Tensor], held_out: list[tuple[Any, Any]]
+    ) -> tuple[Fidelity | None, float | None]:
+        """Ablates a few filters, learns from them. Returns how well the criterion had predicted, and the loss."""
+        if not held_out:
+            return None, None
+        baseline = audits.mean_loss(self.model, held_out, self._loss_fn)
+        picks = audits.sample(self._worths(features), self.effort.audit_filters, self._rng)
+        if not picks:
+            return None, baseline
+        ablations = audits.ablate(self.model, self.channel_map, picks, held_out, self._loss_fn)
+        rows = np.array([features[a.group][a.channel].tolist() for a in ablations])
+        changes = np.array([a.change for a in ablations])
+        spearman, slope = audits.agreement(rows @ self.calibration.vector(), changes)
+        self.calibration = audits.refit(self.calibration, rows, changes)
+        return Fidelity(spearman=spearman, slope=slope, count=len(ablations)), baseline
+
+    def _worths(self, features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """The worth (width,) of every filter, nats per sample, by channel group."""
+        coefficients = torch.tensor(self.calibration.coefficients, dtype=torch.float32)
+        return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
+
+    def _decide(self, worths: Mapping[str, np.ndarray]) -> Decision:
+        start = self.history.widths_start
+        books = tuple(
+            Books(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
+            for name, worth in worths.items()
+        )
+        situation = Situation(
+            step=self.steps, total_steps=self.total_steps, books=books, macs=macs_cost(self.channel_map)
+        )
+        return self.policy.decide(situation)
+
+    def _in_grace(self, group: str) -> tuple[bool, ...]:
+        """For each channel of a group whether it is too young to be judged."""
+        now = len(self.history)
+        return tuple(born is not None and now - born < self.policy.grace for born in self._age[group])
+
+    def _operate(self, plan: ResizePlan) -> None:
+        """Surgery on everything that holds the model's shapes."""
+        if not plan:
+            return
+        touched = {axis.name for axis in self.channel_map.gathers(plan)}
+        moved = {id(p) for name, p in self.model.named_parameters() if name in touched}
+        self.channel_map = apply_(
+            self.model, self.channel_map, plan, optimizers=[o for o in self.optimizers if _held(o) & moved],
+            followers=self.followers, generator=self._generator,
+        )  # fmt: skip
+        now = len(self.history)
+        for name, index_map in plan.items():
+            self._age[name] = [now if s < 0 else self._age[name][s] for s in index_map.source]
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code holds the old shapes, and gives up silently after eight recompiles
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Evaluation mode, and afterwards every module's mode and the global random state as they were.
+
+    Yields the modules that were in training mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    states = (random.getstate(), np.random.get_state())
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield {module for module, training in modes.items() if training}
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def settled_norms(
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], *, among: Collection[nn.Module]
+) -> Iterator[None]:
+    """While it lasts, running statistics of norms are plain averages over the batches; afterwards as they were.
+
+    `among` are the modules that are being trained: a norm that the user keeps in evaluation mode is left alone.
+
+    At a high learning rate running statistics lag behind the weights: the network in evaluation mode is then not the
+    one that is being trained, and what it says of its filters is wrong (docs/decisions/003). Batches of one sample
+    are left out: a norm may have no second value to compare it with.
+    """
+    usable = [inputs for inputs, _ in batches if len(inputs) > 1]
+    trained = [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
+    norms = trained if usable else []
+    saved = [({name: buffer.clone() for name, buffer in m.named_buffers()}, m.momentum, m.training) for m in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        with torch.no_grad():
+            for inputs in usable if norms else ():
+                model(inputs)
+        for norm, (_, _, training) in zip(norms, saved, strict=True):
+            norm.training = training
+        yield
+    finally:
+        for norm, (buffers, momentum, training) in zip(norms, saved, strict=True):
+            norm.momentum, norm.training = momentum, training
+            for name, content in buffers.items():
+                norm.get_buffer(name).copy_(content)
+
+
+class _Clock:
+    """Wall time per part; parts of the same name add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer updates."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _take(stream: Iterator[tuple[Any, Any]], samples: int) -> list[tuple[Any, Any]]:
+    """The next batches, until they hold this many samples or the data ends."""
+    taken: list[tuple[Any, Any]] = []
+    count = 0
+    while count < samples and (batch := next(stream, None)) is not None:
+        taken.append(batch)
+        count += len(batch[0])
+    return taken
+
+
+def _span(worth: np.ndarray) -> tuple[float, float, float]:
+    return float(worth.min()), float(np.median(worth)), float(worth.max())
+
+
+def _effective_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; behind a parametrization, the weight that the layer really uses."""
+    weights: dict[str, Tensor] = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        owner, found, leaf = name.partition(".parametrizations.")
+        weights[name] = getattr(model.get_submodule(owner), leaf.split(".")[0]) if found else parameter
+    return weights

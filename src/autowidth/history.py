@@ -1,0 +1,315 @@
+"""The append-only record of reviews, and its replay."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from autowidth.channels import IndexMap
+
+SCHEMA = 1
+"""Version of the file format. A reader refuses a file of a newer version."""
+
+
+class HistoryError(ValueError):
+    """A history file that is missing its header, damaged, or written in a newer format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """How well the predictions of the last review held on `count` ablated filters.
+
+    `spearman` is the rank correlation of predicted and true loss changes, `slope` their ratio (true per predicted);
+    None where it is not defined. Not-finite numbers become None.
+    """
+
+    spearman: float | None
+    slope: float | None
+    count: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spearman", _finite_or_none(self.spearman))
+        object.__setattr__(self, "slope", _finite_or_none(self.slope))
+        object.__setattr__(self, "count", int(self.count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One review: what was known, what was decided, what it cost.
+
+    Losses are in nats per sample, and a positive change means that the loss rises. MACs are those of one sample.
+    Not-finite numbers are stored as None, or as NaN inside `worths` and `coefficients`, so that what is written and
+    read again is equal to what was appended.
+    """
+
+    step: int
+    total_steps: int
+    loss: float | None = None
+    """Probe loss before surgery."""
+    announced: float | None = None
+    """Predicted loss change of the plan."""
+    measured: float | None = None
+    """True loss change of the plan on the audit samples."""
+    price: float | None = None
+    """Nats per MAC at the margin."""
+    target_macs: int | None = None
+    macs_before: int
+    macs: int
+    params_before: int
+    params: int
+    widths: dict[str, int]
+    """Channel group name -> width after the review."""
+    maps: dict[str, IndexMap] = field(default_factory=dict)
+    """Channel group name -> index map, for the groups that were resized."""
+    worths: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Channel group name -> weakest, median and strongest worth before the resize."""
+    fidelity: Fidelity | None = None
+    coefficients: tuple[float, ...] = ()
+    """Of the combined criterion."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each part of the review: probe, audit, decide, surgery."""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("step", "total_steps", "macs_before", "macs", "params_before", "params"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("loss", "announced", "measured", "price"):
+            object.__setattr__(self, name, _finite_or_none(getattr(self, name)))
+        object.__setattr__(self, "target_macs", None if self.target_macs is None else int(self.target_macs))
+        object.__setattr__(self, "widths", {group: int(width) for group, width in self.widths.items()})
+        object.__setattr__(self, "maps", dict(self.maps))
+        object.__setattr__(self, "worths", {group: tuple(map(_finite_or_nan, w)) for group, w in self.worths.items()})
+        object.__setattr__(self, "coefficients", tuple(map(_finite_or_nan, self.coefficients)))
+        object.__setattr__(self, "seconds", {part: _finite_or_nan(s) for part, s in self.seconds.items()})
+        object.__setattr__(self, "notes", tuple(self.notes))
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Channel group name -> how many channels left, for the groups that were resized."""
+        return {group: len(index_map.removed) for group, index_map in self.maps.items()}
+
+    @property
+    def inserted(self) -> dict[str, int]:
+        """Channel group name -> how many fresh channels came, for the groups that were resized."""
+        return {group: len(index_map.inserted) for group, index_map in self.maps.items()}
+
+    @property
+    def seconds_total(self) -> float:
+        """Wall time of the whole review."""
+        return sum(self.seconds.values())
+
+
+class History:
+    """The events of one run, oldest first, and the widths that it started from.
+
+    With a `path` the record is a file from the start: a header line, then one line per event, on disk before
+    `append` returns. Raises FileExistsError where that file already exists: a record is never overwritten by accident
+    (`read` it and `attach` it to go on).
+    """
+
+    def __init__(self, widths_start: Mapping[str, int], *, path: str | os.PathLike[str] | None = None) -> None:
+        self._widths_start = {group: int(width) for group, width in widths_start.items()}
+        self._events: list[Event] = []
+        self._path: Path | None = None
+        if path is not None:
+            if Path(path).exists():
+                raise FileExistsError(
+                    f"history {path} exists already: go on with History.read and attach, or choose another path"
+                )
+            self.attach(path)
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} events, {self.removed_total} removed, {self.inserted_total} inserted)"
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+    @property
+    def widths_start(self) -> dict[str, int]:
+        """Channel group name -> width before the first event."""
+        return dict(self._widths_start)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All events, oldest first."""
+        return tuple(self._events)
+
+    @property
+    def path(self) -> Path | None:
+        """The file that grows with the record, or None."""
+        return self._path
+
+    def append(self, event: Event) -> None:
+        """Adds an event at the end; it is on disk on return where the record has a path."""
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(_line(_event_to_json(event)))
+                file.flush()
+                os.fsync(file.fileno())
+        self._events.append(event)
+
+    def attach(self, path: str | os.PathLike[str]) -> None:
+        """Writes the record to `path`, in place of what is there, and adds every later event to that file."""
+        self.write(path)
+        self._path = Path(path)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole record to `path`: the old file or the new one is there at any moment, never half of one."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(_line({"schema": SCHEMA, "widths_start": self._widths_start}))
+                file.writelines(_line(_event_to_json(event)) for event in self._events)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> History:
+        """The record that was written to `path`. It is not attached: later events stay in memory until you attach it.
+
+        A last line that a crash cut short is dropped with a warning. Raises FileNotFoundError, and HistoryError where
+        another line is damaged or the format is newer than this version of the package.
+        """
+        header, *lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+        history = cls(_header(path, header))
+        if lines and not _is_json(lines[-1]):
+            lines.pop()
+            warnings.warn(f"history {path}: dropped the last line, which a crash cut short", stacklevel=2)
+        for number, line in enumerate(lines, start=2):
+            try:
+                history.append(_event_from_json(json.loads(line)))
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                raise HistoryError(f"history {path}, line {number} is damaged: no event ({error})") from error
+        return history
+
+    def replay(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """After each event its step and all widths, computed from the index maps alone.
+
+        Raises ValueError where a map does not fit the width before it, or where the recorded widths disagree.
+        """
+        widths = self.widths_start
+        for event in self._events:
+            for group, index_map in event.maps.items():
+                if widths.get(group) != index_map.size:
+                    raise ValueError(
+                        f"step {event.step}: the map of {group!r} is written for width {index_map.size}, "
+                        f"but the maps before it lead to {widths.get(group, 'no group of that name')}"
+                    )
+                widths[group] = index_map.width
+            if widths != event.widths:
+                wrong = sorted(g for g in widths.keys() | event.widths.keys() if widths.get(g) != event.widths.get(g))
+                raise ValueError(
+                    f"step {event.step}: recorded width of {wrong[0]!r} is {event.widths.get(wrong[0])}, "
+                    f"but the index maps lead to {widths.get(wrong[0])}"
+                )
+            yield event.step, dict(widths)
+
+    def lineage(self) -> dict[str, IndexMap]:
+        """Channel group name -> the one map from the starting network to now.
+
+        Its inserted slots are the channels that were inserted and are still alive. Raises ValueError as `replay` does
+        for a map that does not fit.
+        """
+        composed = {group: IndexMap.identity(width) for group, width in self._widths_start.items()}
+        for event in self._events:
+            for group, index_map in event.maps.items():
+                if group not in composed:
+                    raise ValueError(f"step {event.step}: {group!r} is no channel group of the starting network")
+                composed[group] = composed[group].then(index_map)
+        return composed
+
+    @property
+    def removed_total(self) -> int:
+        """How many channels left, over all events and groups."""
+        return sum(sum(event.removed.values()) for event in self._events)
+
+    @property
+    def inserted_total(self) -> int:
+        """How many fresh channels came, over all events and groups."""
+        return sum(sum(event.inserted.values()) for event in self._events)
+
+    @property
+    def inserted_alive(self) -> int:
+        """How many of the channels that came are still there."""
+        return sum(len(index_map.inserted) for index_map in self.lineage().values())
+
+
+def _finite_or_none(number: float | None) -> float | None:
+    return float(number) if number is not None and math.isfinite(number) else None
+
+
+def _finite_or_nan(number: float | None) -> float:
+    # math.nan itself, always: tuples and dicts that hold the same object compare equal.
+    return float(number) if number is not None and math.isfinite(number) else math.nan
+
+
+def _null(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _header(path: str | os.PathLike[str], line: bytes) -> dict[str, int]:
+    """The starting widths of the file's first line. Raises HistoryError."""
+    try:
+        header = json.loads(line)
+        schema, widths = int(header["schema"]), header.get("widths_start")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HistoryError(f"history {path}, line 1: no header with a schema version; it is no history file") from error
+    if schema > SCHEMA:
+        raise HistoryError(
+            f"history {path} has format {schema}, this version reads up to {SCHEMA}: install a newer autowidth"
+        )
+    if not isinstance(widths, dict):
+        raise HistoryError(f"history {path}, line 1: the header has no widths_start; the file is damaged")
+    return widths
+
+
+def _event_to_json(event: Event) -> dict[str, object]:
+    fidelity = event.fidelity
+    return {name: getattr(event, name) for name in _FIELDS} | {
+        "maps": {group: {"source": list(m.source), "size": m.size} for group, m in event.maps.items()},
+        "worths": {group: [_null(w) for w in worths] for group, worths in event.worths.items()},
+        "fidelity": fidelity and {name: getattr(fidelity, name) for name in ("spearman", "slope", "count")},
+        "coefficients": [_null(c) for c in event.coefficients],
+        "seconds": {part: _null(s) for part, s in event.seconds.items()},
+        "notes": list(event.notes),
+    }
+
+
+def _event_from_json(record: dict[str, Any]) -> Event:
+    """The event of one line; raises KeyError, TypeError, ValueError or AttributeError where it is none."""
+    if missing := set(_FIELDS) - record.keys():
+        raise KeyError(f"{min(missing)} is missing")
+    fidelity = record["fidelity"]
+    decoded = {
+        "maps": {group: IndexMap(tuple(m["source"]), m["size"]) for group, m in record["maps"].items()},
+        "fidelity": None if fidelity is None else Fidelity(**fidelity),
+    }
+    return Event(**(record | decoded))
+
+
+_FIELDS = tuple(f.name for f in fields(Event))

@@ -1,0 +1,171 @@
+"""Worth and gain in nats: pure functions of the probe's sums.
+
+Sign and unit everywhere: positive = the loss rises when the filter is removed, nats per sample.
+
+Letters: n samples, f channels of a group, c input channels of a reader, o its outputs, k positions of its kernel
+window, p pixels. x what the reader reads, g the gradient of one sample's loss at its output, W (o, c, k) its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autowidth.channels import ChannelGroup, ChannelMap, ParamAxis, Place
+
+RIDGE = 1e-3
+"""Added to covariances, relative to their mean variance: keeps duplicated and dead channels finite."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Reader:
+    """Sums over everything that one weight read; channels as `fold` orders them, positions = samples x pixels.
+
+    gram (c, c): sum of x x'; total (c,): sum of x; inputs: number of positions summed;
+    force (o, o): sum of g g' over output positions, g the gradient of one sample's loss; outputs: their number.
+    """
+
+    gram: Tensor
+    total: Tensor
+    inputs: int = 0
+    force: Tensor
+    outputs: int = 0
+
+    def add(self, other: Reader) -> None:
+        """Adds the sums of another part of the data."""
+        self.gram += other.gram
+        self.total += other.total
+        self.inputs += other.inputs
+        self.force += other.force
+        self.outputs += other.outputs
+
+
+@dataclass(slots=True, kw_only=True)
+class Sums:
+    """What one probe adds up. t is the activation x gradient of a channel at all its readers, one number per sample.
+
+    first[group] (width,): sum of t; second[group] (width,): sum of t squared; readers: by the axis that reads.
+    All sums are float32 or wider; `samples` and `loss` (sum over samples, nats) are their counts.
+    """
+
+    samples: int
+    loss: float
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    readers: dict[ParamAxis, Reader]
+
+    def add(self, other: Sums) -> None:
+        """Adds the sums of another batch or rank."""
+        self.samples += other.samples
+        self.loss += other.loss
+        for name in self.first:
+            self.first[name] += other.first[name]
+            self.second[name] += other.second[name]
+        for axis, reader in other.readers.items():
+            if axis in self.readers:
+                self.readers[axis].add(reader)
+            else:
+                self.readers[axis] = reader
+
+
+def next_layer(first: Tensor, second: Tensor, samples: int) -> Tensor:
+    """What the readers lose when a channel is taken from them: E[-t] + 1/2 E[t^2], (f,).
+
+    `first`, `second` (f,) are sums over n samples of t and t^2, t = activation x gradient at the readers. The first
+    order is exact for small changes; the second takes the empirical Fisher information for the curvature (LeCun 1990,
+    Theis 2018, arXiv 1801.05787).
+    """
+    return (second / 2 - first) / samples
+
+
+def covariance(gram: Tensor, total: Tensor, count: int) -> Tensor:
+    """The covariance (c, c) of what a reader reads, from sums over `count` positions, with a small ridge."""
+    mean = total / count
+    cov = gram / count - torch.outer(mean, mean)
+    level = cov.diagonal().mean().clamp_min(torch.finfo(cov.dtype).tiny)
+    return cov + RIDGE * level * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+
+
+def residual(cov: Tensor) -> Tensor:
+    """The variance (c,) of each channel that its peers cannot predict: one over the diagonal of the inverse.
+
+    At most the variance itself: where rounding has made the covariance indefinite, the inverse does not know that.
+    """
+    inverse = torch.linalg.inv(cov.double())
+    rest = 1 / inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.minimum(rest, cov.diagonal().double().clamp_min(0)).to(cov.dtype)
+
+
+def pull(weight: Tensor, force: Tensor, outputs: int, samples: int) -> Tensor:
+    """How hard the loss pulls on each input channel of a reader, per unit of its variance, (c,).
+
+    `weight` (o, c, k); `force` (o, o) is the sum of g g' over `outputs` positions of n samples. With curvature
+    E = E[g g'] and P = outputs / n pixels per sample this is P tr(E W_c W_c').
+    """
+    per_pixel = force / max(outputs, 1)
+    return (outputs / samples) * torch.einsum("ock,op,pck->c", weight, per_pixel, weight)
+
+
+def own_layer(cov: Tensor, strength: Tensor) -> Tensor:
+    """What peers cannot replace, 1/2 x residual variance x pull, (c,): structured optimal brain surgery.
+
+    After the best linear compensation from its peers, only a channel's residual is lost; its cost is taken to second
+    order with Kronecker-factored curvature (Hassibi 1993; Wang 2019, EigenDamage, arXiv 1905.05934).
+    """
+    return residual(cov) * strength / 2
+
+
+def combined(parts: Tensor, coefficients: Tensor) -> Tensor:
+    """The worth (f,) from the parts (f, 2) = (next-layer, own-layer) and their coefficients (2,)."""
+    return parts @ coefficients
+
+
+def fold(channel_map: ChannelMap, axis: ParamAxis) -> tuple[tuple[int, ...], ...]:
+    """The peers on an axis that reads: for each its positions, (peers, copies).
+
+    As a rule every position is a peer of its own. Where the network flattens a map into a linear layer, each channel
+    takes several positions: they are folded into one peer and count as its pixels.
+    """
+    places = _on(channel_map, axis)
+    copies = {place.copies for place in places}
+    if copies == {1} or len(copies) > 1:
+        return tuple((p,) for p in range(channel_map.shapes[axis.name][axis.dim]))
+    return tuple(row for place in places for row in place.index)
+
+
+def _on(channel_map: ChannelMap, axis: ParamAxis) -> list[Place]:
+    return [place for group in channel_map.groups for place in group.with_role("read") if place.axis == axis]
+
+
+def parts(sums: Sums, channel_map: ChannelMap, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each channel group its filters' two profits, (f, 2): next-layer and own-layer, nats per sample.
+
+    `weights` are the parameters by name, as they were when the probe ran.
+    """
+    own = {axis: _own_of_reader(sums, channel_map, axis, weights[axis.name]) for axis in sums.readers}
+    return {group.name: _parts_of(sums, group, own) for group in channel_map.groups}
+
+
+def _own_of_reader(sums: Sums, channel_map: ChannelMap, axis: ParamAxis, weight: Tensor) -> Tensor:
+    """The own-layer profit of every position of an axis that reads, (length of the axis,)."""
+    reader = sums.readers[axis]
+    peers = torch.tensor(fold(channel_map, axis), device=weight.device)
+    slices = weight.detach().float().movedim(axis.dim, 1)
+    matrix = slices.reshape(*slices.shape[:2], -1)[:, peers].flatten(2)
+    cov = covariance(reader.gram, reader.total, reader.inputs)
+    profit = own_layer(cov, pull(matrix, reader.force, reader.outputs, sums.samples))
+    spread = profit.new_zeros(weight.size(axis.dim))
+    spread[peers] = profit[:, None].expand(peers.shape) / peers.size(1)
+    return spread
+
+
+def _parts_of(sums: Sums, group: ChannelGroup, own: Mapping[ParamAxis, Tensor]) -> Tensor:
+    next_part = next_layer(sums.first[group.name], sums.second[group.name], sums.samples)
+    own_part = torch.zeros_like(next_part)
+    for place in group.with_role("read"):
+        if place.axis in own:
+            own_part = own_part + own[place.axis][torch.tensor(place.index, device=own_part.device)].sum(-1)
+    return torch.stack([next_part, own_part], dim=-1)

@@ -1,0 +1,440 @@
+"""Laws of policies: the budget is met, minimum widths and newborns are safe, and the prior favours the wide."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from autowidth.channels import ChannelMap
+from autowidth.cost import Cost, macs_cost
+from autowidth.lab.models import build
+from autowidth.policy import Books, Budget, BudgetError, Decision, Never, Policy, Situation, uniform_share
+from autowidth.trace import trace
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+Worths = Callable[[str, int], Sequence[float]]
+"""Group name and width -> worths (width,)."""
+
+LAB = (("resnet8", 1.0), ("resnet8", 0.5), ("resnet8-padding", 1.0), ("vgg8", 0.25), ("densenet40", 0.25))
+
+# ------------------------------------------------------------------------------------------------------- cost models
+
+
+@functools.cache
+def lab_map(name: str, width: float) -> ChannelMap:
+    """The channel map of a laboratory network on 8 x 8 pixels; without rehearsal, which would find nothing."""
+    return trace(build(name, in_channels=1, width=width), torch.zeros(1, 1, 8, 8), rehearse=False)
+
+
+def chain_cost(widths: Sequence[int], factors: Sequence[float]) -> Cost:
+    """A chain of layers: layer t reads group t - 1 and writes group t; three channels come in, ten go out."""
+    groups, terms = len(widths), len(widths) + 1
+    base, copies = np.zeros((terms, 2)), np.zeros((terms, 2, groups))
+    base[0, 1], base[-1, 0] = 3, 10
+    for g in range(groups):
+        copies[g, 0, g] = copies[g + 1, 1, g] = 1
+    return Cost(tuple(f"g{g}" for g in range(groups)), np.array(factors[:terms], dtype=np.float64), base, copies)
+
+
+@st.composite
+def chains(draw: st.DrawFn, *, least: int = 4, most: int = 24) -> tuple[Cost, dict[str, int]]:
+    widths = draw(st.lists(st.integers(least, most), min_size=1, max_size=5))
+    factors = draw(st.lists(st.integers(1, 900), min_size=len(widths) + 1, max_size=len(widths) + 1))
+    return chain_cost(widths, factors), {f"g{g}": width for g, width in enumerate(widths)}
+
+
+def lognormal(seed: int, spread: float = 1.0) -> Worths:
+    """Worths as a network has them: many small ones, a few large, some layers worth far more than others."""
+    rng = np.random.default_rng(seed)
+    level: dict[str, float] = {}
+
+    def draw(name: str, width: int) -> list[float]:
+        level.setdefault(name, float(rng.lognormal(sigma=spread)))
+        return (rng.lognormal(size=width) * level[name] * 1e-3).tolist()
+
+    return draw
+
+
+# ------------------------------------------------------------------------------------------------------- simulated runs
+
+
+@dataclass(frozen=True)
+class Review:
+    """One simulated review: what the policy saw, what it decided, the widths after it."""
+
+    situation: Situation
+    decision: Decision
+    widths: dict[str, int]
+
+    @property
+    def before(self) -> dict[str, int]:
+        return {books.name: len(books.worth) for books in self.situation.books}
+
+    @property
+    def cost(self) -> float:
+        return self.situation.macs.at(self.widths)
+
+
+def simulate(policy: Policy, cost: Cost, start: Mapping[str, int], worths: Worths, total: int = 1000) -> list[Review]:
+    """A whole run on books alone. Keeps the age of every channel as the engine would."""
+    policy.check(cost, start)
+    born: dict[str, list[int | None]] = {name: [None] * width for name, width in start.items()}
+    reviews: list[Review] = []
+    for number, step in enumerate(policy.reviews(total)):
+        books = tuple(
+            Books(
+                name=name,
+                width_start=start[name],
+                worth=tuple(worths(name, len(ages))),
+                grace=tuple(age is not None and number - age < policy.grace for age in ages),
+            )
+            for name, ages in born.items()
+        )
+        situation = Situation(step=step, total_steps=total, books=books, macs=cost)
+        decision = policy.decide(situation)
+        for name, index_map in decision.plan.items():
+            assert index_map.size == len(born[name]), "a plan is written for the widths of its own review"
+            assert not index_map.is_identity, "a plan names only groups that change"
+            born[name] = [number if s < 0 else born[name][s] for s in index_map.source]
+        reviews.append(Review(situation, decision, {name: len(ages) for name, ages in born.items()}))
+    return reviews
+
+
+# ------------------------------------------------------------------------------------------------- the budget is met
+
+
+def room(cost: Cost, widths: Mapping[str, int], target: float) -> float:
+    """How far below the target a network ends, as a multiple of 2 % of it or of its dearest channel: 1 is too much."""
+    gap = target - cost.at(widths)
+    assert gap >= -1e-9 * target, "above the target"
+    return gap / max(0.02 * target, float(max(cost.of_channel(cost.vector(widths) + 1))))
+
+
+@pytest.mark.parametrize(("name", "width"), LAB)
+@pytest.mark.parametrize("macs", [0.3, 0.5, 0.8, 1.0, 1.5, 2.0])
+def test_a_budget_ends_within_two_percent_below_its_target(name: str, width: float, macs: float) -> None:
+    """Or, where a network is so narrow that one channel is more than that, within one channel."""
+    channel_map = lab_map(name, width)
+    cost, start = macs_cost(channel_map), channel_map.widths
+    for seed in range(2):
+        last = simulate(Budget(macs=macs), cost, start, lognormal(seed))[-1]
+        assert room(cost, last.widths, macs * cost.at(start)) < 1
+
+
+@settings(max_examples=60)
+@given(
+    chain=chains(),
+    macs=st.floats(0.25, 2.5),
+    offer=st.sampled_from([0.0, 0.05, 0.2]),
+    grace=st.integers(0, 3),
+    count=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_a_budget_is_never_exceeded_and_leaves_no_room_for_a_channel(
+    chain: tuple[Cost, dict[str, int]], macs: float, offer: float, grace: int, count: int, seed: int
+) -> None:
+    cost, start = chain
+    policy = Budget(macs=macs, offer=offer, grace=grace, count=count)
+    try:
+        policy.check(cost, start)
+    except BudgetError:
+        assume(False)
+    last = simulate(policy, cost, start, lognormal(seed))[-1]
+    assert room(cost, last.widths, macs * cost.at(start)) < 1
+
+
+@settings(max_examples=30)
+@given(chain=chains(), macs=st.floats(0.3, 2.0), seed=st.integers(0, 99))
+def test_the_way_to_the_budget_has_no_detour(chain: tuple[Cost, dict[str, int]], macs: float, seed: int) -> None:
+    """No review aims beyond the target, and the targets go one way."""
+    cost, start = chain
+    try:
+        Budget(macs=macs).check(cost, start)
+    except BudgetError:
+        assume(False)
+    reviews = simulate(Budget(macs=macs), cost, start, lognormal(seed))
+    targets = [review.decision.target_macs for review in reviews]
+    assert all(target is not None for target in targets)
+    assert targets == sorted(targets, reverse=macs < 1)
+    assert targets[-1] == round(macs * cost.at(start))
+    for review, target in zip(reviews, targets, strict=True):
+        assert review.cost <= target + 0.5 or review.widths == review.before
+
+
+@settings(max_examples=40)
+@given(chain=chains(least=1, most=12), macs=st.floats(0.05, 1.0), least=st.integers(1, 6), seed=st.integers(0, 99))
+def test_minimum_widths_are_kept(chain: tuple[Cost, dict[str, int]], macs: float, least: int, seed: int) -> None:
+    cost, start = chain
+    policy = Budget(macs=macs, min_width=least)
+    floor = {name: min(width, least) for name, width in start.items()}
+    if macs * cost.at(start) < cost.at(floor):
+        with pytest.raises(BudgetError, match=f"min_width={least}"):
+            policy.check(cost, start)
+        return
+    for review in simulate(policy, cost, start, lognormal(seed)):
+        assert all(width >= floor[name] for name, width in review.widths.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ newborns
+
+
+@settings(max_examples=40)
+@given(
+    chain=chains(),
+    macs=st.floats(0.3, 1.8),
+    grace=st.integers(0, 4),
+    offer=st.sampled_from([0.05, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_newborns_in_grace_stay(
+    chain: tuple[Cost, dict[str, int]], macs: float, grace: int, offer: float, seed: int
+) -> None:
+    """Even where they are worth nothing at all; and by the last review everybody can be judged."""
+    cost, start = chain
+    policy = Budget(macs=macs, grace=grace, offer=offer)
+    try:
+        policy.check(cost, start)
+    except BudgetError:
+        assume(False)
+    drawn = lognormal(seed)
+
+    def worthless_tail(name: str, width: int) -> list[float]:
+        return [*drawn(name, width)[: start[name]], *[-1.0] * max(width - start[name], 0)]
+
+    reviews = simulate(policy, cost, start, worthless_tail)
+    for review in reviews:
+        for books in review.situation.books:
+            if books.name in review.decision.plan:
+                gone = review.decision.plan[books.name].removed
+                assert not any(books.grace[channel] for channel in gone)
+    assert not any(any(books.grace) for books in reviews[-1].situation.books)
+    for review in reviews[len(reviews) - grace :]:
+        assert not any(index_map.inserted for index_map in review.decision.plan.values())
+
+
+@pytest.mark.parametrize("macs", [0.5, 1.0, 2.0])
+def test_newborns_are_offered_places(macs: float) -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    reviews = simulate(Budget(macs=macs), macs_cost(channel_map), channel_map.widths, lognormal(0))
+    assert sum(len(m.inserted) for review in reviews for m in review.decision.plan.values()) > 0
+
+
+def test_without_an_offer_nobody_is_inserted() -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    reviews = simulate(Budget(macs=0.5, offer=0), macs_cost(channel_map), channel_map.widths, lognormal(0))
+    assert not any(m.inserted for review in reviews for m in review.decision.plan.values())
+
+
+def test_a_budget_above_one_grows_and_never_ends_narrower() -> None:
+    channel_map = lab_map("vgg8", 0.25)
+    cost, start = macs_cost(channel_map), channel_map.widths
+    last = simulate(Budget(macs=2.0), cost, start, lambda _, width: [1e-3] * width)[-1]
+    assert all(last.widths[name] >= start[name] for name in start)
+    assert last.cost > 1.9 * cost.at(start)
+
+
+def test_newborns_go_where_filters_earn_more() -> None:
+    """Two layers of the same cost: the one whose filters are worth more is offered more."""
+    cost = chain_cost([10, 10], [100, 0.001, 100])
+    cost.base[0, 1] = cost.base[2, 0] = 3
+    level = {"g0": 1.0, "g1": 8.0}
+    last = simulate(Budget(macs=1.5), cost, {"g0": 10, "g1": 10}, lambda name, width: [level[name]] * width)[-1]
+    assert last.widths["g1"] > last.widths["g0"]
+
+
+# ----------------------------------------------------------------------------------------------------- who has to leave
+
+
+def last_decision(policy: Budget, cost: Cost, worth: Mapping[str, Sequence[float]], start: Mapping[str, int]) -> Review:
+    """The last review of a run, if nothing had happened before it."""
+    books = tuple(
+        Books(name=n, width_start=start[n], worth=tuple(w), grace=(False,) * len(w)) for n, w in worth.items()
+    )
+    situation = Situation(step=1000, total_steps=1000, books=books, macs=cost)
+    decision = policy.decide(situation)
+    widths = {n: decision.plan[n].width if n in decision.plan else len(w) for n, w in worth.items()}
+    return Review(situation, decision, widths)
+
+
+@settings(max_examples=40)
+@given(chain=chains(), macs=st.floats(0.3, 0.95), seed=st.integers(0, 99))
+def test_within_a_group_the_least_worthy_leave(chain: tuple[Cost, dict[str, int]], macs: float, seed: int) -> None:
+    """Without exception, save for filters taken back because they still fit, and those are the best of the losers."""
+    cost, start = chain
+    policy = Budget(macs=macs, count=1)
+    try:
+        policy.check(cost, start)
+    except BudgetError:
+        assume(False)
+    drawn = lognormal(seed)
+    worth = {name: drawn(name, width) for name, width in start.items()}
+    review = last_decision(policy, cost, worth, start)
+    for name, index_map in review.decision.plan.items():
+        gone = [worth[name][c] for c in index_map.removed]
+        kept = [worth[name][c] for c in index_map.source]
+        assert max(gone) <= min(kept)
+    announced = sum(worth[name][c] for name, m in review.decision.plan.items() for c in m.removed)
+    assert review.decision.announced == pytest.approx(announced, abs=1e-12)
+
+
+@settings(max_examples=40)
+@given(chain=chains(), macs=st.floats(0.3, 0.95), seed=st.integers(0, 99))
+def test_nobody_leaves_who_could_have_stayed(chain: tuple[Cost, dict[str, int]], macs: float, seed: int) -> None:
+    """Without newborns: of every group that lost filters, one more would break the budget."""
+    cost, start = chain
+    policy = Budget(macs=macs, count=1)
+    try:
+        policy.check(cost, start)
+    except BudgetError:
+        assume(False)
+    drawn = lognormal(seed)
+    review = last_decision(policy, cost, {name: drawn(name, width) for name, width in start.items()}, start)
+    for name in review.decision.plan:
+        assert cost.at(review.widths | {name: review.widths[name] + 1}) > macs * cost.at(start)
+
+
+def test_filters_that_do_harm_leave_first() -> None:
+    cost = chain_cost([8, 8], [10, 10, 10])
+    worth = {"g0": [1e-9] * 8, "g1": [5.0] * 6 + [-0.1, -0.2]}
+    review = last_decision(Budget(macs=0.9, count=1), cost, worth, {"g0": 8, "g1": 8})
+    assert 7 in review.decision.plan["g1"].removed
+
+
+def test_with_equal_worth_the_narrower_group_loses_less() -> None:
+    """Diminishing returns: of two groups of one cost and one worth, the one already narrow keeps its filters."""
+    cost = chain_cost([16, 16], [1, 0.001, 1])
+    cost.base[0, 1] = cost.base[2, 0] = 5
+    worth = {"g0": [1e-3] * 8, "g1": [1e-3] * 16}
+    start = {"g0": 16, "g1": 16}
+    with_prior = last_decision(Budget(macs=0.5, count=1), cost, worth, start)
+    lost = {name: with_prior.before[name] - with_prior.widths[name] for name in worth}
+    assert lost["g0"] < lost["g1"]
+    assert abs(with_prior.widths["g0"] - with_prior.widths["g1"]) <= 1
+
+
+def test_the_stronger_the_prior_the_nearer_to_uniform() -> None:
+    channel_map = lab_map("vgg8", 0.25)
+    cost, start = macs_cost(channel_map), channel_map.widths
+
+    def spread(exponent: float) -> float:
+        policy = Budget(macs=0.4, offer=0, diminishing=exponent)
+        widths = simulate(policy, cost, start, lognormal(3, spread=2.0))[-1].widths
+        return float(np.std([widths[name] / start[name] for name in start]))
+
+    assert spread(8.0) < spread(2.0) < spread(0.0)
+
+
+def test_books_in_another_order_lead_to_the_same_decision() -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    drawn = lognormal(2)
+    worth = {name: drawn(name, width) for name, width in channel_map.widths.items()}
+    orders = (worth, dict(reversed(worth.items())))
+    plans = [
+        dict(last_decision(Budget(macs=0.5), macs_cost(channel_map), order, channel_map.widths).decision.plan)
+        for order in orders
+    ]
+    assert plans[0] == plans[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- when
+
+
+@settings(max_examples=80)
+@given(total=st.integers(1, 5000), count=st.integers(1, 30), begin=st.floats(0, 0.9), length=st.floats(0.01, 1))
+def test_reviews_lie_between_begin_and_end(total: int, count: int, begin: float, length: float) -> None:
+    end = min(begin + length, 1.0)
+    steps = Budget(count=count, begin=begin, end=end).reviews(total)
+    assert 1 <= len(steps) <= count
+    assert list(steps) == sorted(set(steps))
+    for step in steps:
+        assert 1 <= step <= total
+        assert step == 1 or begin * total - 0.5 <= step <= end * total + 0.5
+    if total * (end - begin) > 2 * count:
+        assert len(steps) == count
+        gaps = np.diff(steps)
+        assert not len(gaps) or gaps.max() - gaps.min() <= 2  # each step is rounded
+
+
+def test_a_run_of_one_step_can_still_meet_its_budget() -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    cost, start = macs_cost(channel_map), channel_map.widths
+    reviews = simulate(Budget(macs=0.5), cost, start, lognormal(0), total=1)
+    assert len(reviews) == 1
+    assert 0.49 * cost.at(start) <= reviews[-1].cost <= 0.5 * cost.at(start)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("macs", [0.0, -0.5, float("nan")])
+def test_a_budget_of_nothing_is_refused_at_the_door(macs: float) -> None:
+    with pytest.raises(BudgetError, match="impossible"):
+        Budget(macs=macs)
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [{"begin": 0.6, "end": 0.5}, {"begin": -0.1}, {"end": 1.1}, {"count": 0}, {"min_width": 0}, {"grace": -1},
+     {"offer": -0.1}, {"offer": 1.0}],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(settings_: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="need"):
+        Budget(**settings_)
+
+
+def test_a_budget_below_minimum_widths_names_the_least_that_is_possible() -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    cost, start = macs_cost(channel_map), channel_map.widths
+    with pytest.raises(BudgetError, match="min_width=2") as caught:
+        Budget(macs=1e-4).check(cost, start)
+    least = cost.at(dict.fromkeys(start, 2)) / cost.at(start)
+    assert f"{least:.3g}" in str(caught.value)
+    Budget(macs=least * 1.01).check(cost, start)
+
+
+def test_growth_without_insertion_is_refused() -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    cost, start = macs_cost(channel_map), channel_map.widths
+    with pytest.raises(BudgetError, match="offer=0"):
+        Budget(macs=1.5, offer=0).check(cost, start)
+    with pytest.raises(BudgetError, match="raise count or lower grace"):
+        Budget(macs=1.5, count=2, grace=2).check(cost, start)
+    Budget(macs=1.0, offer=0).check(cost, start)
+
+
+# -------------------------------------------------------------------------------------------------- share, Never
+
+
+@settings(max_examples=60)
+@given(chain=chains(), share=st.floats(0.1, 5))
+def test_uniform_share_is_the_factor_that_costs_the_target(chain: tuple[Cost, dict[str, int]], share: float) -> None:
+    cost, start = chain
+    target = share * cost.at(start)
+    factor = uniform_share(cost, start, target)
+    assert cost.at(cost.vector(start) * factor) == pytest.approx(target, rel=1e-6)
+    assert (factor > 1) == (share > 1) or share == pytest.approx(1, rel=1e-9)
+
+
+def test_uniform_share_of_one_layer_between_fixed_ones_is_the_share_itself() -> None:
+    cost = chain_cost([10], [4, 7])
+    assert uniform_share(cost, {"g0": 10}, 0.37 * cost.at({"g0": 10})) == pytest.approx(0.37)
+
+
+def test_never_does_nothing() -> None:
+    channel_map = lab_map("resnet8", 1.0)
+    policy = Never()
+    policy.check(macs_cost(channel_map), channel_map.widths)
+    assert policy.reviews(1000) == ()
+    books = tuple(
+        Books(name=n, width_start=w, worth=(-1.0,) * w, grace=(False,) * w) for n, w in channel_map.widths.items()
+    )
+    situation = Situation(step=1, total_steps=2, books=books, macs=macs_cost(channel_map))
+    assert not policy.decide(situation).plan

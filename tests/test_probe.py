@@ -1,0 +1,624 @@
+"""Laws of the probe: equal to one backward per sample, sums add up, the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import cached
+
+from autowidth.channels import ChannelMap, ParamAxis
+from autowidth.engine import quiet
+from autowidth.probe import ProbeError, probe
+from autowidth.profit import Sums, fold
+from autowidth.trace import trace
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CLASSES = 3
+SAMPLES = 6
+
+# ---------------------------------------------------------------------------------------------- nets, one hazard each
+
+
+class Chain(nn.Module):
+    """A second convolution that strides, and a map of four pixels flattened into a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 3, 3, stride=2, padding=1)
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(F.relu(self.norm(self.first(x))))).flatten(1))
+
+
+class InPlace(nn.Module):
+    """What the readers put out is overwritten at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.ReLU(inplace=True)
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), act, nn.Conv2d(4, 5, 3, padding=1), act)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """One stream, two layers that read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.back = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((2, 4), (4, 5), (5, 4)))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.back(F.relu(self.inner(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """A module that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x.mean((2, 3))))
+        return self.head(x + self.body(torch.tanh(self.body(x))))
+
+
+class Shared(nn.Module):
+    """Two modules with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Linear(2, 4), nn.Linear(4, 5), nn.Linear(4, 5, bias=False)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.mean((2, 3)))
+        return self.head(torch.tanh(self.one(x)) + torch.sigmoid(self.two(x)))
+
+
+class Concat(nn.Module):
+    """One reader of two channel groups and of the model's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 3, padding=1)
+        self.join, self.head = nn.Conv2d(9, 5, 3, padding=1), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([F.relu(self.left(x)), x, F.relu(self.right(x))], 1)
+        return self.head(F.relu(self.join(x)).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """A channel passes a depthwise convolution, which reads nothing, on its way to its reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.point, self.head = nn.Conv2d(4, 5, 1), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.point(F.relu(self.deep(self.stem(x))))).mean((2, 3)))
+
+
+class Transposed(nn.Module):
+    """A reader that holds its input channels in dim 0 of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(2, 4, 3, padding=1), nn.ConvTranspose2d(4, 5, 2, stride=2)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.up(torch.tanh(self.stem(x)))).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Linear layers and a 1-D convolution over sequences: (N, 2, 4, 4) is taken for 16 tokens of 2 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.along = nn.Linear(2, 4), nn.Linear(4, 5), nn.Conv1d(5, 4, 3)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.hidden(F.gelu(self.stem(x.flatten(2).transpose(1, 2)))))
+        return self.head(torch.tanh(self.along(x.transpose(1, 2))).mean(2))
+
+
+class Functional(nn.Module):
+    """No modules, only calls; every argument by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, 2, 3, 3) / 4)
+        self.b = nn.Parameter(torch.randn(5, 4, 3, 3) / 6)
+        self.c = nn.Parameter(torch.randn(CLASSES, 5) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(weight=self.a, input=x, padding=1))
+        x = F.relu(F.conv2d(input=x, weight=self.b, bias=None, padding=1))
+        return F.linear(x.mean((2, 3)), weight=self.c)
+
+
+class FixedReader(nn.Module):
+    """A reader that is not trained: its weight is a buffer."""
+
+    fixed: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 4), nn.Linear(5, CLASSES)
+        self.register_buffer("fixed", torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(torch.tanh(self.stem(x.mean((2, 3)))), self.fixed)))
+
+
+class Mute(nn.Module):
+    """A head that only training mode uses, and one whose result is thrown away without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, CLASSES)
+        self.extra, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        self.seen = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x.mean((2, 3))))
+        with torch.no_grad():
+            self.seen = self.head(x).detach().abs().mean()
+        return self.head(x) + self.last(F.relu(self.extra(x))) if self.training else self.head(x)
+
+
+def normed(kind: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    """The chain, its readers behind a parametrization."""
+
+    def build() -> nn.Module:
+        model = Chain()
+        kind(model.second)
+        kind(model.head)
+        return model
+
+    return build
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "chain": Chain,
+    "in place": InPlace,
+    "residual": Residual,
+    "called twice": Twice,
+    "shared weight": Shared,
+    "concat": Concat,
+    "depthwise": Depthwise,
+    "transposed": Transposed,
+    "tokens": Tokens,
+    "weight norm": normed(weight_norm),
+}
+CALLS: dict[str, Callable[[], nn.Module]] = {"functional": Functional, "fixed reader": FixedReader}
+every_net = pytest.mark.parametrize("build", [pytest.param(make, id=name) for name, make in NETS.items()])
+every_kind = pytest.mark.parametrize("build", [pytest.param(make, id=name) for name, make in (NETS | CALLS).items()])
+
+
+def made(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, ChannelMap]:
+    """A net in evaluation mode with running statistics that differ, and its channel map."""
+    torch.manual_seed(3)
+    model = build().to(dtype)
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.dim() == 1:
+            buffer.copy_(torch.linspace(0.5, 1.5, len(buffer)))
+    return model.eval(), _map(build, dtype)
+
+
+@functools.cache
+def _map(build: Callable[[], nn.Module], dtype: torch.dtype) -> ChannelMap:
+    """Traced once per kind of net: the map holds names and numbers only."""
+    return trace(build().to(dtype), images(1).to(dtype))
+
+
+def images(count: int, seed: int = 5) -> Tensor:
+    return torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(count: int) -> Tensor:
+    return torch.arange(count) % CLASSES
+
+
+def batch(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    return images(count), labels(count)
+
+
+# ------------------------------------------------------------------------------------------ references, slow and plain
+
+
+def _reads(module: nn.Module, axis: ParamAxis, model: nn.Module) -> bool:
+    if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+        return False
+    return any(p is dict(model.named_parameters())[axis.name] for p in module.parameters())
+
+
+def _channel_dim(module: nn.Module) -> int:
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def by_hooks(model: nn.Module, channel_map: ChannelMap, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """t (n, width) by group: one forward and backward per sample, activation x gradient at each reader's own input."""
+    model = copy.deepcopy(model)
+    rows: dict[str, list[Tensor]] = {group.name: [] for group in channel_map.groups}
+    axes = {place.axis for group in channel_map.groups for place in group.with_role("read")}
+    for i in range(len(x)):
+        seen: list[tuple[nn.Module, Tensor]] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], seen: list[tuple[nn.Module, Tensor]] = seen) -> Tensor:
+            source = args[0].clone()
+            source.retain_grad()
+            seen.append((module, source))
+            return source
+
+        readers = [m for m in model.modules() if any(_reads(m, axis, model) for axis in axes)]
+        handles = [module.register_forward_pre_hook(keep) for module in readers]
+        F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        for handle in handles:
+            handle.remove()
+        for group in channel_map.groups:
+            t = torch.zeros(group.width, dtype=torch.float64)
+            for place in group.with_role("read"):
+                for module, source in seen:
+                    if _reads(module, place.axis, model):
+                        assert source.grad is not None
+                        taken = (source * source.grad).movedim(_channel_dim(module), 0).flatten(1).sum(1)
+                        t += torch.stack([taken[list(positions)].sum() for positions in place.index])
+            rows[group.name].append(t.detach())
+    return {name: torch.stack(ts) for name, ts in rows.items()}
+
+
+def by_weights(model: nn.Module, channel_map: ChannelMap, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """t (n, width) by group from the weights alone.
+
+    What a reader makes of a channel is linear in its slice of the weight as in the channel itself, so by Euler's
+    theorem activation x gradient, summed over positions and calls, equals weight x gradient of the weight.
+    """
+    rows: dict[str, list[Tensor]] = {group.name: [] for group in channel_map.groups}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for i in range(len(x)):
+        with cached():
+            weights = {}
+            for axis in {place.axis for group in channel_map.groups for place in group.with_role("read")}:
+                owner, hidden, _ = axis.name.partition(".parametrizations.")
+                weights[axis] = model.get_submodule(owner).weight if hidden else tensors[axis.name]
+                weights[axis].requires_grad_()
+            loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+        product = {a: w.detach() * g for (a, w), g in zip(weights.items(), gradients, strict=True)}
+        for group in channel_map.groups:
+            t = torch.zeros(group.width, dtype=torch.float64)
+            for place in group.with_role("read"):
+                along = product[place.axis].movedim(place.axis.dim, 0).flatten(1).sum(1)
+                t += torch.stack([along[list(positions)].sum() for positions in place.index])
+            rows[group.name].append(t)
+    return {name: torch.stack(ts) for name, ts in rows.items()}
+
+
+def assert_same_t(sums: Sums, reference: dict[str, Tensor], *, rtol: float = 1e-4) -> None:
+    assert sums.first.keys() == sums.second.keys() == reference.keys()
+    for name, t in reference.items():
+        scale = float(t.abs().max())
+        assert scale > 0, f"{name} has no effect on the loss: the test says nothing"
+        torch.testing.assert_close(sums.first[name].double(), t.sum(0), rtol=rtol, atol=rtol * scale)
+        torch.testing.assert_close(sums.second[name].double(), t.square().sum(0), rtol=rtol, atol=rtol * scale**2)
+
+
+def assert_same_sums(one: Sums, other: Sums) -> None:
+    assert one.samples == other.samples
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    for name in one.first:
+        for a, b in ((one.first, other.first), (one.second, other.second)):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+    assert one.readers.keys() == other.readers.keys()
+    for axis, reader in one.readers.items():
+        twin = other.readers[axis]
+        assert (reader.inputs, reader.outputs) == (twin.inputs, twin.outputs)
+        for a, b in ((reader.gram, twin.gram), (reader.total, twin.total), (reader.force, twin.force)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(float(b.abs().max()), 1e-6))
+
+
+# ------------------------------------------------------------------------------------------------------ what is summed
+
+
+@every_net
+def test_t_equals_one_backward_per_sample(build: Callable[[], nn.Module]) -> None:
+    model, channel_map = made(build)
+    assert channel_map.groups
+    assert_same_t(probe(model, channel_map, [batch()], F.cross_entropy), by_hooks(model, channel_map, *batch()))
+
+
+@every_kind
+def test_t_equals_weight_times_gradient_of_the_weight(build: Callable[[], nn.Module]) -> None:
+    model, channel_map = made(build)
+    assert channel_map.groups
+    sums = probe(model, channel_map, [batch()], F.cross_entropy)
+    assert_same_t(sums, by_weights(model, channel_map, *batch()))
+
+
+def test_a_single_sample_is_a_probe() -> None:
+    model, channel_map = made(Chain)
+    sums = probe(model, channel_map, [batch(1)], F.cross_entropy)
+    assert sums.samples == 1
+    assert_same_t(sums, by_hooks(model, channel_map, *batch(1)))
+    for name, first in sums.first.items():
+        torch.testing.assert_close(sums.second[name], first.square())
+
+
+def test_the_loss_is_the_sum_over_samples() -> None:
+    model, channel_map = made(Chain)
+    x, y = batch()
+    sums = probe(model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])], F.cross_entropy)
+    assert sums.samples == SAMPLES
+    assert sums.loss == pytest.approx(float(F.cross_entropy(model(x), y, reduction="sum").detach()))
+
+
+@pytest.mark.parametrize("name", ["second.weight", "head.weight"])
+def test_moments_of_what_a_reader_reads_and_of_the_gradient_at_its_output(name: str) -> None:
+    """Positions are the pixels of all samples; pixels that are flattened into the head count as positions too."""
+    model, channel_map = made(Chain)
+    x, y = batch()
+    module = model.get_submodule(name.removesuffix(".weight"))
+    read, gradients = [], []
+    for i in range(SAMPLES):
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor], out: Tensor, kept: list[Tensor] = kept) -> None:
+            out.retain_grad()
+            kept.extend((args[0], out))
+
+        handle = module.register_forward_hook(keep)
+        F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        handle.remove()
+        source, out = kept
+        # (1, 12) is three channels of four pixels: the flatten has the pixels of a channel side by side.
+        read.append(source.reshape(4 if name == "second.weight" else 3, -1).T.detach())
+        assert out.grad is not None
+        gradients.append(out.grad.reshape(out.size(1), -1).T)
+    model.zero_grad()
+    rows, pulls = torch.cat(read), torch.cat(gradients)
+    reader = probe(model, channel_map, [(x, y)], F.cross_entropy).readers[ParamAxis(name, 1)]
+    assert (reader.inputs, reader.outputs) == (len(rows), len(pulls))
+    torch.testing.assert_close(reader.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reader.total.double(), rows.sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reader.force.double(), pulls.T @ pulls, rtol=1e-4, atol=1e-7)
+
+
+def test_a_weight_that_is_used_twice_sums_the_moments_of_both_calls() -> None:
+    model, channel_map = made(Twice)
+    reader = probe(model, channel_map, [batch()], F.cross_entropy).readers[ParamAxis("body.weight", 1)]
+    assert (reader.inputs, reader.outputs) == (2 * SAMPLES, 2 * SAMPLES)
+    stem = F.relu(model.stem(images(SAMPLES).mean((2, 3))))
+    rows = torch.cat([stem, torch.tanh(model.body(stem))]).detach()
+    torch.testing.assert_close(reader.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_of_peers_is_that_of_the_fold() -> None:
+    model, channel_map = made(Chain)
+    reader = probe(model, channel_map, [batch()], F.cross_entropy).readers[ParamAxis("head.weight", 1)]
+    source = F.relu(model.second(F.relu(model.norm(model.first(images(SAMPLES)))))).flatten(1)
+    for peer, positions in enumerate(fold(channel_map, ParamAxis("head.weight", 1))):
+        assert float(reader.total[peer]) == pytest.approx(float(source[:, list(positions)].sum().detach()), rel=1e-4)
+
+
+def test_what_evaluation_mode_does_not_use_is_worth_nothing() -> None:
+    """A head for training only takes no part in the loss: its channels have t = 0, and nothing is refused."""
+    model, channel_map = made(Mute)
+    sums = probe(model, channel_map, [batch()], F.cross_entropy)
+    assert "extra" in sums.first
+    assert not sums.first["extra"].any()
+    assert not sums.second["extra"].any()
+    assert sums.first["stem"].any()
+
+
+# ------------------------------------------------------------------------------------------------------ sums add up
+
+
+@every_kind
+def test_one_batch_of_eight_equals_two_of_four(build: Callable[[], nn.Module]) -> None:
+    model, channel_map = made(build)
+    x, y = batch(8)
+    whole = probe(model, channel_map, [(x, y)], F.cross_entropy)
+    parts = probe(model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])], F.cross_entropy)
+    assert_same_sums(parts, whole)
+
+
+@settings(max_examples=10)
+@given(cuts=st.sets(st.integers(1, 7)), order=st.randoms(use_true_random=False))
+def test_any_split_and_any_order_add_up(cuts: set[int], order: random.Random) -> None:
+    """N ranks equal one: each rank's sums may be added in any order."""
+    model, channel_map = made(Chain)
+    x, y = batch(8)
+    pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), 8])]
+    order.shuffle(pieces)
+    ranks = [probe(model, channel_map, [(x[piece], y[piece])], F.cross_entropy) for piece in pieces]
+    total = ranks[0]
+    for rank in ranks[1:]:
+        total.add(rank)
+    assert_same_sums(total, probe(model, channel_map, [(x, y)], F.cross_entropy))
+
+
+# ------------------------------------------------------------------------------------------ the model stays as it was
+
+
+class Busy(nn.Module):
+    """Everything that could change while one looks: dropout, running statistics, a spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.second, self.head = nn.Conv2d(4, 5, 1), spectral_norm(nn.Linear(5, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(F.relu(self.norm(self.first(x))))
+        return self.head(F.relu(self.second(x)).mean((2, 3)))
+
+
+def drawing(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches that draw from every global random state, as an augmenting loader does."""
+    for _ in range(count):
+        random.random()
+        np.random.rand()
+        yield torch.randn(4, 2, 4, 4), torch.randint(CLASSES, (4,))
+
+
+def test_the_probe_in_quiet_touches_nothing() -> None:
+    torch.manual_seed(0)
+    model = Busy()
+    channel_map = trace(model, torch.randn(2, 2, 4, 4))
+    assert channel_map.groups
+    model.norm.eval()  # as one freezes a norm in the midst of training
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    content = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = {name: (p.grad, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None}
+    versions = {name: p._version for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    with quiet(model):
+        probe(model, channel_map, drawing(2), F.cross_entropy)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, content[name]), name
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is gradients[name][0]
+        assert torch.equal(parameter.grad, gradients[name][1])
+        assert parameter._version == versions[name]
+        assert parameter.requires_grad
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_quiet_puts_modes_and_random_state_back_after_an_error() -> None:
+    model = Busy()
+    model.norm.eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+
+    def fail() -> None:
+        with quiet(model):
+            torch.rand(1)
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fail()
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def not_a_number(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, target) * torch.nan
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_hook_and_no_mode_stays_behind(fails: bool) -> None:
+    """After a probe, or one that failed, a training step is that of a twin that was never probed, bit for bit."""
+    model, channel_map = made(Chain)
+    twin = copy.deepcopy(model)
+    if fails:
+        with pytest.raises(FloatingPointError):
+            probe(model, channel_map, [batch()], not_a_number)
+    else:
+        probe(model, channel_map, [batch()], F.cross_entropy)
+    for module in model.modules():
+        assert not [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    assert not torch.overrides._get_current_function_mode_stack()
+    for net in (model, twin):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net.train()
+        F.cross_entropy(net(images(4)), labels(4)).backward()
+        optimizer.step()
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ------------------------------------------------------------------------------------------------------------- dtypes
+
+
+def test_autocast_and_no_grad_around_the_probe_change_nothing() -> None:
+    model, channel_map = made(Chain, torch.float32)
+    x, y = images(SAMPLES).float(), labels(SAMPLES)
+    plain = probe(model, channel_map, [(x, y)], F.cross_entropy)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = probe(model, channel_map, [(x, y)], F.cross_entropy)
+    for name, first in plain.first.items():
+        assert torch.equal(inside.first[name], first)
+
+
+def test_a_bfloat16_model_is_summed_in_float32() -> None:
+    model, channel_map = made(Chain, torch.float32)
+    x, y = images(64).float(), labels(64)
+    exact = probe(model, channel_map, [(x, y)], F.cross_entropy)
+    coarse = probe(model.bfloat16(), channel_map, [(x.bfloat16(), y)], F.cross_entropy)
+    for name, first in exact.first.items():
+        assert coarse.first[name].dtype == coarse.second[name].dtype == torch.float32
+        # Eight bits of mantissa: half a percent a rounding, a handful of roundings on the way.
+        assert float((coarse.first[name] - first).norm() / first.norm()) < 0.05
+    for axis, reader in coarse.readers.items():
+        assert reader.gram.dtype == reader.force.dtype == reader.total.dtype == torch.float32
+        assert float((reader.gram - exact.readers[axis].gram).norm() / exact.readers[axis].gram.norm()) < 0.05
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_loss_that_is_not_finite_raises() -> None:
+    model, channel_map = made(Chain)
+    with pytest.raises(FloatingPointError, match="probe loss is nan"):
+        probe(model, channel_map, [batch()], not_a_number)
+
+
+def test_an_empty_probe_raises() -> None:
+    model, channel_map = made(Chain)
+    with pytest.raises(ProbeError, match="no data"):
+        probe(model, channel_map, [], F.cross_entropy)
+
+
+class Product(nn.Module):
+    """Reads its hidden channels by a bare product, or through a weight computed on the way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem, self.body, self.head = nn.Linear(2, 4), nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        self.loose = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x.mean((2, 3))))
+        x = x @ self.loose if self.how == "product" else F.linear(x, self.body.weight * 0.5, self.body.bias)
+        return self.head(torch.tanh(x))
+
+
+@pytest.mark.parametrize(("how", "weight"), [("product", "loose"), ("computed", "body.weight")])
+def test_a_reader_that_cannot_be_watched_is_refused_not_taken_for_worthless(how: str, weight: str) -> None:
+    model, channel_map = made(lambda: Product(how))
+    assert weight in {place.axis.name for group in channel_map.groups for place in group.with_role("read")}
+    with pytest.raises(ProbeError, match=f"cannot see what is read through {weight}"):
+        probe(model, channel_map, [batch()], F.cross_entropy)
