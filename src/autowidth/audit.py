@@ -41,13 +41,21 @@ def mean_loss(model: nn.Module, batches: Batches, loss_fn: Loss) -> float:
 
 
 def ablate(
-    model: nn.Module, channel_map: ChannelMap, picks: Iterable[tuple[str, int]], batches: Batches, loss_fn: Loss
+    model: nn.Module,
+    channel_map: ChannelMap,
+    picks: Iterable[tuple[str, int]],
+    batches: Batches,
+    loss_fn: Loss,
+    *,
+    before: float | None = None,
 ) -> list[Ablation]:
     """Takes each picked (group, channel) from its readers, measures the loss on the batches, and puts it back.
 
     Zeroing what the readers make of a channel has the effect of removing it, norms across channels excepted.
+    `before` is the loss of the whole network on the batches, if it is known already.
     """
-    before = mean_loss(model, batches, loss_fn)
+    if before is None:
+        before = mean_loss(model, batches, loss_fn)
     weights: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     found = []
     for name, channel in picks:

@@ -155,7 +155,8 @@ class AutoWidth:
         if not self.channel_map.groups:
             reasons = sorted({f.reason for f in self.channel_map.frozen}) or ["no layer passes channels to another one"]
             raise NothingToResizeError(
-                f"{type(self.model).__name__} has no channel group that can be resized: {'; '.join(reasons[:5])}"
+                f"{type(self.model).__name__} has no channel group that can be resized: {'; '.join(reasons[:5])}; "
+                "a group needs a layer that writes its channels and another one that reads them"
             )
         held = {i for optimizer in self.optimizers for i in _held(optimizer)}
         names = {place.axis.name for group in self.channel_map.groups for place in group.places}
@@ -256,7 +257,7 @@ class AutoWidth:
         picks = audits.sample(self._worths(features), self.effort.audit_filters, self._rng)
         if not picks:
             return None, baseline
-        ablations = audits.ablate(self.model, self.channel_map, picks, held_out, self._loss_fn)
+        ablations = audits.ablate(self.model, self.channel_map, picks, held_out, self._loss_fn, before=baseline)
         rows = np.array([features[a.group][a.channel].tolist() for a in ablations])
         changes = np.array([a.change for a in ablations])
         spearman, slope = audits.agreement(rows @ self.calibration.vector(), changes)

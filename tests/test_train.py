@@ -1,0 +1,431 @@
+"""The training loop of the laboratory: plain training when nothing is edited, honest figures, a clean door."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from autowidth.channels import IndexMap
+from autowidth.checkpoint import load_, read_run
+from autowidth.cost import count_macs
+from autowidth.engine import Effort, NothingToResizeError
+from autowidth.lab.data import digits
+from autowidth.lab.models import UnknownModelError, build, resolve
+from autowidth.lab.train import (
+    DeviceError,
+    DivergedError,
+    FolderError,
+    ModelError,
+    Progress,
+    Settings,
+    SettingsError,
+    check_folder,
+    decayed_and_not,
+    evaluate,
+    one_cycle,
+    probe_batches,
+    settings_from,
+    train,
+)
+from autowidth.policy import Budget, BudgetError, Decision, Never, Situation
+
+SHORT = Settings(
+    model="resnet8",
+    width=0.5,
+    epochs=2,
+    limit=192,
+    batch_size=32,
+    budget=Budget(macs=0.6, count=3, begin=0.2, end=0.8, grace=1),
+    effort=Effort(probe_samples=64, audit_samples=64, audit_filters=4),
+    device="cpu",
+)
+
+
+def short(**changes: Any) -> Settings:
+    return SHORT.model_copy(update=changes)
+
+
+class Dropping(nn.Module):
+    """A hazard: its training draws from the global generator at every step."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 8, 3, padding=1)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.norm(self.first(x)).relu(), 0.3, self.training)
+        return self.head(self.second(x).relu().mean((2, 3)))
+
+
+class Flat(nn.Module):
+    """A hazard: nothing in it can be resized."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no such luck")
+
+
+@dataclass(frozen=True)
+class Watching(Never):
+    """Reviews after every third step, and decides nothing."""
+
+    def reviews(self, total_steps: int) -> tuple[int, ...]:
+        return tuple(range(3, total_steps + 1, 3))
+
+    def decide(self, situation: Situation) -> Decision:
+        return Decision(plan={})
+
+
+@dataclass(frozen=True)
+class Shuffling(Watching):
+    """Reviews, and puts the channels of every group into another order."""
+
+    def decide(self, situation: Situation) -> Decision:
+        widths = {books.name: len(books.worth) for books in situation.books}
+        return Decision(plan={name: IndexMap(tuple(range(w))[::-1], w) for name, w in widths.items()})
+
+
+def plain_loop(settings: Settings) -> nn.Module:
+    """The same run as anybody would write it, without any code of the training file."""
+    images = digits(limit=settings.limit)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    network = resolve(settings.model, in_channels=1, **({} if ":" in settings.model else {"width": settings.width}))
+    weights = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]
+    decay = settings.weight_decay
+    groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=True)
+    batches = images.training_batches(settings.batch_size, seed=settings.seed)
+    total, step = settings.epochs * len(batches), 0
+    for _ in range(settings.epochs):
+        network.train()
+        for x, y in batches:
+            step += 1
+            done = step / (total + 1)
+            if done < settings.warmup:
+                share = done / settings.warmup
+            else:
+                share = (1 + math.cos(math.pi * (done - settings.warmup) / (1 - settings.warmup))) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * share
+            loss = F.cross_entropy(network(x), y, label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether all weights and buffers are equal, bit for bit."""
+    here, there = a.state_dict(), b.state_dict()
+    return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+RUNS = {
+    "residual": short(seed=3, label_smoothing=0.1),
+    "draws": short(model=f"{__name__}:Dropping", width=1.0, seed=1),
+}
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_without_reviews_the_run_is_the_plain_loop_bit_for_bit(settings: Settings) -> None:
+    assert same(train(settings.model_copy(update={"edit": False})).network, plain_loop(settings))
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_reviews_that_decide_nothing_leave_the_run_as_it_is_bit_for_bit(settings: Settings) -> None:
+    watched = train(settings, policy=Watching())
+    assert watched.reviews == 4
+    assert same(watched.network, plain_loop(settings))
+    assert watched.review_seconds > 0
+
+
+def test_a_policy_that_does_something_would_be_seen() -> None:
+    assert not same(train(SHORT, policy=Shuffling()).network, plain_loop(SHORT))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
+    one, two, other = train(SHORT), train(SHORT), train(short(seed=1))
+    assert one.widths == two.widths
+    assert same(one.network, two.network)
+    assert not torch.equal(one.network.head.linear.bias, other.network.head.linear.bias)
+
+
+def test_a_run_meets_its_budget_and_its_figures_are_true(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "run"
+    result = train(short(out=out))
+    start = resolve("resnet8", in_channels=1, width=0.5)
+    example = torch.zeros(1, 1, 8, 8)
+    assert result.macs_start == count_macs(start, example)
+    assert result.params_start == sum(p.numel() for p in start.parameters())
+    assert result.macs == count_macs(result.network, example) <= 0.6 * result.macs_start
+    assert result.params == sum(p.numel() for p in result.network.parameters())
+    assert result.widths == result.channel_map.widths
+    moved = sum(result.widths.values()) - sum(result.widths_start.values())
+    assert moved == result.inserted - result.removed
+    assert result.reviews == len(result.history) == 3
+    assert 0 < result.review_seconds < result.seconds
+    test = digits(limit=192).plain_batches("test", 7)
+    accuracy, loss = slow_evaluation(result.network, test)
+    assert (result.accuracy, result.part) == (accuracy, "test")
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+
+    fresh = resolve("resnet8", in_channels=1, width=0.5)
+    load_(fresh, out, example_inputs=example)
+    assert same(fresh, result.network)
+    run = read_run(out)
+    assert run.widths == result.widths
+    assert run.extra["result"] == json.loads(json.dumps(result.as_json()))
+    assert Settings.model_validate(run.extra["settings"]) == short(out=out)
+    assert run.history() is not None
+    assert sorted(p.name for p in out.iterdir()) == ["history.jsonl", "model.safetensors", "run.json"]
+
+
+def slow_evaluation(network: nn.Module, batches: Any) -> tuple[float, float]:
+    """Image by image."""
+    network.eval()
+    pairs = [(x[None], int(label)) for images, labels in batches for x, label in zip(images, labels, strict=True)]
+    with torch.no_grad():
+        scores = [network(x)[0].log_softmax(0) for x, _ in pairs]
+    right = sum(int(s.argmax()) == y for s, (_, y) in zip(scores, pairs, strict=True))
+    return right / len(pairs), -sum(float(s[y]) for s, (_, y) in zip(scores, pairs, strict=True)) / len(pairs)
+
+
+def test_evaluation_touches_neither_weights_nor_statistics() -> None:
+    network = build("resnet8", in_channels=1, width=0.5)
+    before = copy.deepcopy(network.state_dict())
+    accuracy, loss = evaluate(network, digits().plain_batches("test", 50), torch.contiguous_format)
+    assert (accuracy, pytest.approx(loss, rel=1e-5)) == slow_evaluation(network, digits().plain_batches("test", 50))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_a_held_out_share_keeps_the_test_images_out_of_it() -> None:
+    result = train(short(holdout=0.25, edit=False, epochs=1))
+    images = digits(limit=192, holdout=0.25)
+    assert result.part == "held_out"
+    assert result.accuracy == slow_evaluation(result.network, images.plain_batches("held_out", 64))[0]
+
+
+def test_a_network_that_starts_narrow_has_filters_inserted() -> None:
+    result = train(short(width=0.25, budget=Budget(macs=1.5, count=2, begin=0.2, end=0.8, grace=0, offer=0.4)))
+    assert result.inserted > 0
+    assert result.macs_start < result.macs <= 1.5 * result.macs_start
+    assert result.inserted_alive == sum(len(m.inserted) for m in result.history.lineage().values())
+
+
+def test_the_report_tells_every_epoch_and_every_review_in_order() -> None:
+    told: list[Progress] = []
+    result = train(SHORT, report=told.append)
+    assert told[0].moment == "start"
+    assert (told[0].step, told[0].loss, told[0].accuracy, told[0].event) == (0, None, None, None)
+    assert [p.step for p in told] == sorted(p.step for p in told)
+    assert [p.epoch for p in told if p.moment == "epoch"] == [1, 2]
+    assert [p.event for p in told if p.moment == "review"] == list(result.history.events)
+    assert [p.widths for p in told if p.moment == "review"] == [w for _, w in result.history.replay()]
+    last = told[-1]
+    assert (last.accuracy, last.macs, last.params, last.step) == (
+        result.accuracy,
+        result.macs,
+        result.params,
+        last.total_steps,
+    )
+    assert all(p.seconds <= q.seconds for p, q in itertools.pairwise(told))
+
+
+def test_bfloat16_and_channels_last_go_through_surgery() -> None:
+    result = train(short(bf16=True, channels_last=True, model="resnet8-padding"))
+    assert result.removed > 0
+    weights = [p for p in result.network.parameters() if p.dim() == 4]
+    assert all(p.dtype == torch.float32 and p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    before = torch.get_num_threads()
+    assert train(short(edit=False, epochs=1, limit=32, threads=before + 1)).threads == before + 1
+    assert torch.get_num_threads() == before
+
+
+# ---- its parts -------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 0.9), st.lists(st.floats(0, 1), min_size=2))
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup: float, shares: list[float]) -> None:
+    rise = sorted(s for s in shares if s < warmup)
+    fall = sorted(s for s in shares if s >= warmup)
+    rates = [one_cycle(s, warmup) for s in rise + fall]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert rates[: len(rise)] == sorted(rates[: len(rise)])
+    assert rates[len(rise) :] == sorted(rates[len(rise) :], reverse=True)
+    assert one_cycle(warmup, warmup) == 1
+    assert one_cycle(1.0, warmup) == pytest.approx(0, abs=1e-12)
+
+
+def test_every_parameter_is_optimized_once_and_norms_and_biases_do_not_decay() -> None:
+    network = build("mobilenetv2", width=0.1)
+    network.head.linear.bias.requires_grad_(False)
+    groups = decayed_and_not(network, 0.01)
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+    for group in groups:
+        assert all((p.dim() > 1) == (group["weight_decay"] == 0.01) for p in group["params"])
+
+
+def test_the_probe_is_training_images_as_they_are_in_an_order_of_its_own() -> None:
+    images = digits()
+    undisturbed = [y.tolist() for _, y in images.training_batches(64, seed=0)]
+    batches, probe = images.training_batches(64, seed=0), probe_batches(images, seed=0)
+    seen, orders = [], []
+    for _, y in batches:
+        seen.append(y.tolist())
+        orders.append(next(iter(probe))[1].tolist())
+    assert seen == undisturbed
+    assert orders[0] != orders[1]
+    mean, std = images.mean[0], images.std[0]
+    known = {tuple(((x - mean) / std).flatten().round(decimals=4).tolist()) for x in images.train.images}
+    assert all(tuple(x.flatten().round(decimals=4).tolist()) in known for xs, _ in probe for x in xs)
+
+
+# ---- at the door -----------------------------------------------------------------------------------------------------
+
+WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"epochs": 0}, r"'epochs'.*greater than or equal to 1, got 0"),
+    ({"epochs": "many"}, r"'epochs'.*integer.*'many'"),
+    ({"epochz": 3}, r"no setting is named 'epochz'.*did you mean epochs"),
+    ({"macs": 0.3}, r"no setting is named 'macs'.*did you mean budget\.macs"),
+    ({"budget": {"mcas": 0.3}}, r"no setting is named 'budget\.mcas'.*did you mean budget\.macs"),
+    ({"budget": {"macs": 0}}, r"'budget'.*macs=0 is impossible"),
+    ({"budget": 3}, r"'budget'"),
+    ({"effort": {"probe_samples": 0}}, r"'effort'.*probe_samples >= 1"),
+    ({"lr": float("nan")}, r"'lr'.*finite"),
+    ({"width": -1}, r"'width'.*greater than 0, got -1"),
+    ({"qwertz": 3}, r"allowed are model, data, .*effort\.audit_filters"),
+]
+
+
+@pytest.mark.parametrize(("given_settings", "message"), WRONG_SETTINGS)
+def test_a_wrong_setting_is_named(given_settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings_from(given_settings)
+
+
+CONFIGURATIONS = {
+    "run.json": '{"epochs": 7, "lr": 0.05, "budget": {"macs": 0.4, "count": 8}}',
+    "run.toml": "epochs = 7\nlr = 0.05\n[budget]\nmacs = 0.4\ncount = 8\n",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_file_fills_the_settings_and_is_overruled_field_by_field(tmp_path: Path, name: str) -> None:
+    config = tmp_path / name
+    config.write_text(CONFIGURATIONS[name])
+    assert settings_from({}, config=config) == Settings(epochs=7, lr=0.05, budget=Budget(macs=0.4, count=8))
+    overruled = settings_from({"epochs": 9, "budget": {"macs": 0.3}}, config=config)
+    assert overruled == Settings(epochs=9, lr=0.05, budget=Budget(macs=0.3, count=8))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.toml", None, "cannot read"),
+        ("bad.toml", "a = = 3", "no TOML"),
+        ("bad.json", "{", "no JSON"),
+        ("list.json", "[1]", "holds a list"),
+        ("field.toml", "epochs = 1.5", r"'epochs' in .*field\.toml"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    config = tmp_path / name
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        settings_from({}, config=config)
+    assert name in str(caught.value)
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"model": "resnet21"}, UnknownModelError, "resnet20"),
+    ({"model": "vgg16"}, ModelError, "at least 16 x 16.*vgg8"),
+    ({"model": f"{__name__}:broken", "width": 1.0}, ModelError, "no such luck"),
+    ({"model": f"{__name__}:Dropping"}, ModelError, "width"),
+    ({"model": f"{__name__}:Flat", "width": 1.0}, NothingToResizeError, "no channel group"),
+    ({"model": "torch.nn:Identity", "width": 1.0}, ModelError, "one score per class"),
+    ({"model": "torch.nn:LazyBatchNorm1d", "width": 1.0}, ModelError, "does not run on images"),
+    ({"device": "cuda:99"}, DeviceError, "cuda:99"),
+    ({"device": "abacus"}, DeviceError, "allowed are auto, cpu"),
+    ({"budget": Budget(macs=0.001)}, BudgetError, "minimum widths"),
+    ({"budget": Budget(macs=1.5, offer=0.0)}, BudgetError, "offer"),
+    ({"edit": False, "lr": 1e30}, DivergedError, "lower lr, which is 1e"),
+    ({"lr": 1e30}, FloatingPointError, "diverged"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED, ids=[f"{next(iter(c))}-{k}" for c, k, _ in REFUSED])
+def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(
+    tmp_path: Path, changes: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        train(short(out=tmp_path / "a" / "b", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def a_file(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file"
+
+
+def below_a_file(folder: Path) -> Path:
+    return a_file(folder) / "run"
+
+
+def full_of_other_things(folder: Path) -> Path:
+    (folder / "thesis.tex").touch()
+    return folder
+
+
+@pytest.mark.parametrize("make", [a_file, below_a_file, full_of_other_things])
+def test_a_folder_that_cannot_take_a_run_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    folder = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FolderError, match="name a"):
+        check_folder(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_a_run_and_a_new_one_are_taken_and_left_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").touch()
+    (tmp_path / "old" / "notes.txt").touch()
+    (tmp_path / "cut short").mkdir()
+    (tmp_path / "cut short" / ".run.json.0123456789abcdef").touch()
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("old", "cut short", "empty", "new", "new/and/deep"):
+        check_folder(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
