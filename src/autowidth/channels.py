@@ -229,12 +229,38 @@ class ChannelMap:
 
     def _layouts(self, plan: ResizePlan) -> dict[ParamAxis, _Layout]:
         self.check(plan)
-        touched: dict[ParamAxis, list[tuple[str, Place, IndexMap]]] = {}
-        for name, index_map in plan.items():
-            if not index_map.is_identity:
-                for place in self.group(name).places:
-                    touched.setdefault(place.axis, []).append((name, place, index_map))
-        return {axis: _lay_out(self.shapes[axis.name][axis.dim], moves) for axis, moves in touched.items()}
+        moves = {name: _Move.of(name, index_map) for name, index_map in plan.items() if not index_map.is_identity}
+        touched: dict[ParamAxis, list[tuple[_Move, Index]]] = {}
+        for name, move in moves.items():
+            for place in self.group(name).places:
+                touched.setdefault(place.axis, []).append((move, place.index))
+        known: dict[tuple[object, ...], _Layout] = {}  # weight, bias and norm of a layer share one index object
+        layouts = {}
+        for axis, on_axis in touched.items():
+            length = self.shapes[axis.name][axis.dim]
+            key = (length, *((move.name, id(index)) for move, index in on_axis))
+            if key not in known:
+                known[key] = _lay_out(length, on_axis)
+            layouts[axis] = known[key]
+        return layouts
+
+
+Index: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """What an index map says about the order of slots, worked out once for all axes of the group."""
+
+    name: str
+    source: np.ndarray
+    places: np.ndarray
+    anchored: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, index_map: IndexMap) -> _Move:
+        places = np.array(index_map.anchors())
+        return cls(name, np.asarray(index_map.source), places, np.flatnonzero(places != FRESH))
 
 
 def _moved(place: Place, group: str, layout: _Layout | None) -> Place:
@@ -258,7 +284,7 @@ class _Layout:
         return self.where[old]
 
 
-def _lay_out(length: int, moves: Sequence[tuple[str, Place, IndexMap]]) -> _Layout:
+def _lay_out(length: int, moves: Sequence[tuple[_Move, Index]]) -> _Layout:
     """Puts every new position next to its sibling.
 
     Each position gets a sort key (anchor, rank): an old channel is anchored where it stood, a fresh one behind the
@@ -266,12 +292,11 @@ def _lay_out(length: int, moves: Sequence[tuple[str, Place, IndexMap]]) -> _Layo
     """
     free = np.ones(length, dtype=bool)
     anchors, ranks, contents, slots = [], [], [], []
-    for _, place, index_map in moves:
-        old = np.asarray(place.index, dtype=np.int64)
+    for move, where in moves:
+        old = np.asarray(where, dtype=np.int64)
         free[old] = False
-        anchor, rank = _keys(old, index_map)
-        source = np.asarray(index_map.source)
-        content = np.where(source[:, None] >= 0, old[source], FRESH)
+        anchor, rank = _keys(old, move)
+        content = np.where(move.source[:, None] >= 0, old[move.source], FRESH)
         anchors.append(anchor.ravel())
         ranks.append(rank.ravel())
         contents.append(content.ravel())
@@ -282,27 +307,26 @@ def _lay_out(length: int, moves: Sequence[tuple[str, Place, IndexMap]]) -> _Layo
     new_position = np.empty_like(order)
     new_position[order] = np.arange(len(order))
     index, start = {}, 0
-    for (name, _, _), shape in zip(moves, slots, strict=True):
+    for (move, _), shape in zip(moves, slots, strict=True):
         stop = start + shape[0] * shape[1]
-        index[name] = _rows(new_position[start:stop].reshape(shape))
+        index[move.name] = _rows(new_position[start:stop].reshape(shape))
         start = stop
-    where = dict(zip(rest.tolist(), new_position[start:].tolist(), strict=True))
-    return _Layout(source, index, where)
+    rest_now = dict(zip(rest.tolist(), new_position[start:].tolist(), strict=True))
+    return _Layout(source, index, rest_now)
 
 
 def _rows(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, table.tolist()))
 
 
-def _keys(old: np.ndarray, index_map: IndexMap) -> tuple[np.ndarray, np.ndarray]:
+def _keys(old: np.ndarray, move: _Move) -> tuple[np.ndarray, np.ndarray]:
     """Sort keys (anchor, rank), each (new width, copies), for the slots of one group on one axis."""
     block = _blocks(old)
     first = np.searchsorted(block, block)
     last = np.searchsorted(block, block, side="right") - 1
     length, offset = last - first + 1, np.arange(len(block)) - first
-    places = np.array(index_map.anchors())
+    places, anchored = move.places, move.anchored
     slots = np.arange(len(places))
-    anchored = np.flatnonzero(places != FRESH)
     if not len(anchored):  # nobody stays: all stand where the first channel stood
         return np.broadcast_to(old[0][first], (len(slots), len(block))), slots[:, None] * length + offset
     leader = anchored[np.maximum(np.searchsorted(anchored, slots, side="right") - 1, 0)]

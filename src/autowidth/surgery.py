@@ -342,6 +342,9 @@ def _move(
 ) -> None:
     """Moves one parameter or buffer, its copies in the followers, its optimizer state."""
     target = patient.tensors[name]
+    if target.is_meta and not patient.copies and not patient.optimizers:
+        _perform(_ShapeChange(target, target.data, _resized_shape(target, edits)), journal)
+        return
     new = _resized_content(target, edits, _fills(patient.model, name, target, edits), generator)
     _perform(_TensorChange.of(target, new, edits), journal)
     for copy in patient.copies:
@@ -400,10 +403,12 @@ class _TensorChange:
 
     @classmethod
     def of(cls, target: Tensor, new: Tensor, edits: _Edits) -> _TensorChange:
-        lost, rest = [], target.detach()
-        for edit in edits:
-            lost.append(_select(rest, edit.dim, edit.removed(rest.shape[edit.dim])))
-            rest = _select(rest, edit.dim, edit.kept)
+        lost = []
+        for place, edit in enumerate(edits):
+            part = _select(target.detach(), edit.dim, edit.removed(target.shape[edit.dim]))
+            for earlier in edits[:place]:  # what these removed is in their own slices
+                part = _select(part, earlier.dim, earlier.kept)
+            lost.append(part)
         grad = target.grad if target.is_leaf else None
         return cls(target=target, new=new, edits=edits, lost=tuple(lost), stride=target.stride(), grad=grad)
 
@@ -421,6 +426,21 @@ class _TensorChange:
         _set_data(self.target, _strided(old, self.stride))
         if self.target.is_leaf:
             self.target.grad = self.grad
+
+
+@dataclass(frozen=True, slots=True)
+class _ShapeChange:
+    """A new shape for a meta tensor, which has no content: what tracing rehearses on."""
+
+    target: Tensor
+    old: Tensor
+    new: Tensor
+
+    def do(self) -> None:
+        _set_data(self.target, self.new)
+
+    def undo(self) -> None:
+        _set_data(self.target, self.old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,6 +499,14 @@ def _resized_content(tensor: Tensor, edits: _Edits, fills: Sequence[Fill], gener
         else:
             new.index_fill_(edit.dim, fresh, 1.0 if fill == "one" else 0.0)
     return _formatted(new, tensor)
+
+
+def _resized_shape(tensor: Tensor, edits: _Edits) -> Tensor:
+    """An empty tensor of the shape after the edits."""
+    shape = list(tensor.shape)
+    for edit in edits:
+        shape[edit.dim] = len(edit.source)
+    return _formatted(tensor.detach().new_empty(shape), tensor)
 
 
 def _gathered(tensor: Tensor, edits: _Edits) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autowidth.channels import ChannelGroup, ChannelMap, FrozenAxis, IndexMap, ParamAxis, Place, Role
+from autowidth.channels import ChannelGroup, ChannelMap, FrozenAxis, IndexMap, ParamAxis, Place, ResizePlan, Role
 from autowidth.rules import Call, Dyes, Ledger, outputs, rule_for, spread
 from autowidth.surgery import apply_
 
@@ -46,8 +46,7 @@ def trace(model: nn.Module, example_inputs: Inputs, *, rehearse: bool = True) ->
     """
     args, kwargs = _arguments(model, example_inputs)
     with _undisturbed(model):
-        studio = _studio(model, args, kwargs)
-        channel_map = studio.look(studio.model)
+        studio, channel_map = _looked(model, args, kwargs)
         return _rehearsed(studio, channel_map) if rehearse else channel_map
 
 
@@ -74,7 +73,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Studio:
-    """A scratch copy of the model with inputs that fit it, and the modes (training or not) to follow."""
+    """A scratch copy of the model with inputs that fit it, and the modes (training or not) to look at."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -89,39 +88,43 @@ class _Studio:
             dyer.follow(model.train(training), self.args, self.kwargs)
         return replace(_read_off(dyer.ledger, _shapes(model)), notes=self.notes)
 
+    def first_look(self) -> tuple[_Studio, ChannelMap] | Exception:
+        """The map, and this studio with the modes that work. The error of evaluation mode if none does."""
+        dyer = _Dyer(self.model, self.args, self.kwargs)
+        failures: dict[bool, Exception] = {}
+        for training in self.modes:
+            try:
+                dyer.follow(self.model.train(training), self.args, self.kwargs)
+            except TraceError:
+                raise
+            except Exception as error:
+                failures[training] = error
+        if len(failures) == len(self.modes):
+            return failures[False]
+        lost = [f"{'training' if t else 'evaluation'} mode was not followed: {_told(e)}" for t, e in failures.items()]
+        modes = tuple(t for t in self.modes if t not in failures)
+        modes = modes[:1] if dyer.modes_agree and not failures else modes  # the other one would show nothing new
+        studio = replace(self, modes=modes, notes=(*self.notes, *lost))
+        return studio, replace(_read_off(dyer.ledger, _shapes(self.model)), notes=studio.notes)
+
     def copied(self) -> nn.Module:
         return copy.deepcopy(self.model)
 
 
-def _studio(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Studio:
-    """A scratch copy on the meta device if the forward pass needs no values, else a real one."""
+def _looked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Studio, ChannelMap]:
+    """A first look at a scratch copy on the meta device if the forward pass needs no values, else at a real one."""
     on_meta = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
-    candidates = [(lambda: _meta_copy(model), *on_meta, ())]
-    note = "the forward pass depends on values: only the branch taken by the example inputs was followed"
-    candidates.append((lambda: copy.deepcopy(model), args, kwargs, (note,)))
-    for make, a, k, notes in candidates:
-        scratch = make()
-        failures = {training: _failure(scratch.train(training), a, k) for training in (False, True)}
-        modes = tuple(training for training, error in failures.items() if error is None)
-        if modes:
-            lost = tuple(f"{'training' if t else 'evaluation'} mode was not followed: {_told(e)}"
-                         for t, e in failures.items() if e is not None)  # fmt: skip
-            return _Studio(scratch, a, k, modes, notes + lost)
-    shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    error = failures[False]
-    raise TraceError(
-        f"{type(model).__name__} does not run on the example inputs of shape {shapes}: {_told(error)}; "
-        "pass inputs that the model accepts, on its device and of its dtype"
-    ) from error
-
-
-def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as error:
-        return error
-    return None
+    found = _Studio(_meta_copy(model), *on_meta).first_look()
+    if isinstance(found, Exception):
+        note = "the forward pass depends on values: only the branch taken by the example inputs was followed"
+        found = _Studio(copy.deepcopy(model), args, kwargs, notes=(note,)).first_look()
+    if isinstance(found, Exception):
+        shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise TraceError(
+            f"{type(model).__name__} does not run on the example inputs of shape {shapes}: {_told(found)}; "
+            "pass inputs that the model accepts, on its device and of its dtype"
+        ) from found
+    return found
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
@@ -193,44 +196,79 @@ _OWN = (
 # ---- the dye ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One op of the first pass: what was called on which tensors, and what came out."""
+
+    signature: tuple[Any, ...]
+    dyes: list[Dyes]
+    serials: list[int]
+
+
 class _Dyer(TorchDispatchMode):
-    """Runs under the forward pass, below autograd, and lets every ATen op pass its labels on."""
+    """Runs under the forward pass, below autograd, and lets every ATen op pass its labels on.
+
+    A second pass, in the other mode, mostly repeats the first one: as long as it calls the same ops on the same
+    tensors, the labels are taken from the script of the first.
+    """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.ledger = Ledger(batch=max(tensors[0].size(0), 1) if tensors[0].dim() else 1, where=self._where)
         self._dyes: MutableMapping[Tensor, Dyes] = WeakIdKeyDictionary()
-        self._counted = False
+        self._serial: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        self._serials = itertools.count()
+        self._script: list[_Step] = []
+        self._repeats: Iterator[_Step] | None = None
+        self.modes_agree = True
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            self._dyes[tensor] = tuple(
-                spread(self.ledger.slots(name, d, n), tensor.shape, d)
-                for d, n in enumerate(tensor.shape)
-                if n > 1 or d < 2
-            )
+            dims = [(d, n) for d, n in enumerate(tensor.shape) if n > 1 or d < 2]
+            self._label(tensor, tuple(spread(self.ledger.slots(name, d, n), tensor.shape, d) for d, n in dims))
         for tensor in tensors:
-            self._dyes[tensor] = self.ledger.frozen_dyes(tensor.shape, "model input")
+            self._label(tensor, self.ledger.frozen_dyes(tensor.shape, "model input"))
 
     def follow(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One forward pass. Only the first one counts the uses of weights."""
-        uses = list(self.ledger.uses)
+        first, uses = not self._script, list(self.ledger.uses)
+        self._repeats = None if first else iter(self._script)
         with torch.no_grad(), self:
             result = model(*args, **kwargs)
         for tensor in _found(result):
             self.ledger.freeze(self._dyes.get(tensor, ()), "model output")
-        if self._counted:
+        if not first:
             self.ledger.uses = uses
-        self._counted = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         bound = _bound(func, args, kwargs or {})
-        out = _shape_of_norm(bound["input"]) if _is_meta_norm(func, bound) else func(*args, **(kwargs or {}))
+        out = _shape_only(func, bound)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         call = Call(func, bound, out, self._dyes_of, self.ledger)
-        if not any(self._dyes_of(t) for t in call.tensors()):
-            return out
-        for tensor, dyes in zip(outputs(out), rule_for(func)(call), strict=False):
-            self._dyes[tensor] = dyes
+        tensors = list(call.tensors())
+        if any(self._dyes_of(t) for t in tensors):
+            step = self._step(call, tensors)
+            for tensor, dyes, serial in zip(outputs(out), step.dyes, step.serials, strict=False):
+                self._label(tensor, dyes, serial)
         return out
+
+    def _step(self, call: Call, tensors: list[Tensor]) -> _Step:
+        """What the call does to labels: from the script while it holds, else by its rule."""
+        signature = (call.op, [self._serial.get(t, tuple(t.shape)) for t in tensors], _settings(call.args))
+        if self._repeats is not None:
+            step = next(self._repeats, None)
+            if step is not None and step.signature == signature:
+                return step
+            self._repeats, self.modes_agree = iter(()), False
+        dyes = rule_for(call.op)(call)
+        step = _Step(signature, dyes, [next(self._serials) for _ in dyes])
+        if self._repeats is None:
+            self._script.append(step)
+        return step
+
+    def _label(self, tensor: Tensor, dyes: Dyes, serial: int | None = None) -> None:
+        self._dyes[tensor] = dyes
+        self._serial[tensor] = next(self._serials) if serial is None else serial
 
     def _dyes_of(self, tensor: Tensor) -> Dyes:
         return self._dyes.get(tensor, ())
@@ -244,13 +282,40 @@ class _Dyer(TorchDispatchMode):
         return _line(iter(frames))
 
 
-def _is_meta_norm(func: Any, bound: Mapping[str, Any]) -> bool:
-    return func is torch.ops.aten.native_batch_norm.default and bool(bound["input"].is_meta)
+def _settings(args: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments that are no tensors, without those that tell training from evaluation."""
+    modal = ("training", "train", "momentum", "eps", "cudnn_enabled")
+    flat = {name: value for name, value in args.items() if name not in modal and not isinstance(value, Tensor)}
+    return [(name, value) for name, value in flat.items() if not (isinstance(value, list) and _holds_tensor(value))]
 
 
-def _shape_of_norm(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a batch norm returns, shapes only: on meta tensors torch decomposes it into a dozen slow Python ops."""
-    return torch.empty_like(image), image.new_empty(image.size(1)), image.new_empty(image.size(1))
+def _holds_tensor(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
+
+
+_UNARY = ("relu", "hardtanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "leaky_relu", "elu")
+_SAME_SHAPE = {f"aten.{name}{tail}" for name in (*_UNARY, "add", "mul") for tail in ("", "_")}
+
+
+def _shape_only(func: Any, bound: Mapping[str, Any]) -> Any:
+    """The result of a common op on meta tensors; None for every other op.
+
+    Torch has no quick way for these: on meta tensors it decomposes each into a dozen Python calls.
+    """
+    image = bound.get("input", bound.get("self"))
+    if not isinstance(image, Tensor) or not image.is_meta:
+        return None
+    if func is torch.ops.aten.native_batch_norm.default:
+        return torch.empty_like(image), image.new_empty(image.size(1)), image.new_empty(image.size(1))
+    other = bound.get("other")
+    name = str(func.overloadpacket)
+    if name not in _SAME_SHAPE or not image.is_floating_point():
+        return None
+    if other is not None and not (
+        isinstance(other, Tensor) and other.shape == image.shape and other.dtype == image.dtype
+    ):
+        return None
+    return image if name.endswith("_") else torch.empty_like(image)
 
 
 def _bound(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -390,11 +455,17 @@ def _group(ledger: Ledger, slots: _Slots, channels: list[int]) -> tuple[Place, .
     table = slots.position[slots.first[channels][:, None] + np.arange(len(axes))]
     writer = next(i for i, axis in enumerate(axes) if "write" in ledger.roles.get(axis, set()))
     table = table[np.argsort(table[:, writer], kind="stable")]
-    places = []
-    for axis, columns in itertools.groupby(range(len(axes)), key=axes.__getitem__):
+    columns = np.ascontiguousarray(table.T)
+    places: list[Place] = []
+    shared: dict[tuple[int, bytes], tuple[tuple[int, ...], ...]] = {}
+    for axis, run in itertools.groupby(range(len(axes)), key=axes.__getitem__):
         roles = ledger.roles.get(axis, set())
         role: Role = "read" if "read" in roles else "write" if "write" in roles else "carry"
-        places.append(Place(axis, role, tuple(map(tuple, table[:, list(columns)].tolist()))))
+        part = columns[list(run)]
+        key = (len(part), part.tobytes())  # a layer's weight, bias and norm have the same index: one object for all
+        if key not in shared:
+            shared[key] = tuple(zip(*part.tolist(), strict=True))
+        places.append(Place(axis, role, shared[key]))
     return tuple(places)
 
 
@@ -433,35 +504,42 @@ def _rehearsed(studio: _Studio, channel_map: ChannelMap) -> ChannelMap:
 
 
 def _failing(studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup]) -> dict[str, str]:
-    """Group name -> why it cannot be resized, by halving; empty if all these groups survive together."""
-    broken, trouble = _trial(studio, channel_map, groups)
+    """Group name -> why it cannot be resized; empty if all these groups survive together.
+
+    One trial does for all where nothing is wrong: every group loses a channel and gains others. Differing gains tell
+    groups apart that only survive when they are resized alike; even differences, because `chunk` forgives one channel.
+    What fails is halved until it is found; a single group is tried by removal and by insertion apart.
+    """
+    together = {g.name: _exchange(g, 1 + 2 * (i % 16)) for i, g in enumerate(groups)}
+    removal = {g.name: IndexMap.removing([0], g.width) for g in groups if g.width > 2}
+    insertion = {g.name: IndexMap.identity(g.width).inserting(1) for g in groups}
+    trials = {"resizing": together} if len(groups) > 1 else {"removing": removal, "inserting": insertion}
+    results = ((act, *_trial(studio, channel_map, plan)) for act, plan in trials.items())
+    act, broken, trouble = next((result for result in results if result[2]), ("", [], ""))
     if not trouble:
         return {}
     if broken or len(groups) == 1:
-        return dict.fromkeys(broken or [groups[0].name], trouble)
+        return dict.fromkeys(broken or [groups[0].name], f"{act} a channel {trouble}")
     half = len(groups) // 2
     found = _failing(studio, channel_map, groups[:half]) | _failing(studio, channel_map, groups[half:])
-    return found or {group.name: f"resized together: {trouble}" for group in groups}
+    return found or {group.name: f"resized together with others, a channel {trouble}" for group in groups}
 
 
-def _trial(studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup]) -> tuple[list[str], str]:
-    """Removes one channel everywhere, then inserts differing numbers. Returns (broken groups, what happened).
+def _exchange(group: ChannelGroup, gain: int) -> IndexMap:
+    """The first channel leaves, if there are others, and so many come that the group grows by `gain`."""
+    leaving = 1 if group.width > 2 else 0
+    return IndexMap.removing(range(leaving), group.width).inserting(gain + leaving)
 
-    Differing numbers tell groups apart that only survive when they are resized alike, such as halves that must match.
-    """
-    removal = {g.name: IndexMap.removing([0], g.width) for g in groups if g.width > 2}
-    insertion = {g.name: IndexMap.identity(g.width).inserting(1 + i % 7) for i, g in enumerate(groups)}
-    for act, plan in (("removing", removal), ("inserting", insertion)):
-        if not plan:
-            continue
-        scratch = studio.copied()
-        try:
-            expected = apply_(scratch, channel_map, plan)
-            seen = {group.places for group in studio.look(scratch).groups}
-        except Exception as error:
-            return [], f"{act} a channel fails: {_told(error)}"
-        names = {group.name for group in groups}
-        moved = [g.name for g in expected.groups if g.name in names and g.places not in seen]
-        if moved:
-            return moved, f"{act} a channel changes which channels belong together"
-    return [], ""
+
+def _trial(studio: _Studio, channel_map: ChannelMap, plan: ResizePlan) -> tuple[list[str], str]:
+    """Resizes a scratch copy and looks at it again. Returns (names of broken groups, what went wrong)."""
+    if not plan:
+        return [], ""
+    scratch = studio.copied()
+    try:
+        expected = apply_(scratch, channel_map, plan)
+        seen = {group.places for group in studio.look(scratch).groups}
+    except Exception as error:
+        return [], f"fails: {_told(error)}"
+    moved = [group.name for group in expected.groups if group.name in plan and group.places not in seen]
+    return moved, "changes which channels belong together" if moved else ""
