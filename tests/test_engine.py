@@ -22,7 +22,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from autowidth.audit import mean_loss
 from autowidth.channels import IndexMap
 from autowidth.cost import count_macs
-from autowidth.engine import AutoWidth, Effort, ForeignOptimizerError, NothingToResizeError, resize_, settled_norms
+from autowidth.engine import (
+    AutoWidth,
+    Effort,
+    ForeignOptimizerError,
+    NothingToResizeError,
+    quiet,
+    resize_,
+    settled_norms,
+)
 from autowidth.history import Event
 from autowidth.lab.data import ImageSet, digits
 from autowidth.lab.models import build
@@ -98,6 +106,9 @@ class Looks:
     def decide(self, situation: Situation) -> Decision:
         self.seen.append(situation)
         return Decision(plan=self.plans.get(len(self.seen) - 1, {}))
+
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        return float("inf")
 
 
 def attached(
@@ -333,6 +344,7 @@ def test_without_a_decision_training_is_what_it_would_have_been(policy: Policy |
             assert len(engine.history) == 4
         return bits(model), state_bits(optimizer), losses, global_draws()
 
+    run(None)  # the first optimizer step of a process imports parts of torch, which may draw from `random`
     assert run(policy) == run(None)
 
 
@@ -414,8 +426,13 @@ def test_an_average_of_the_weights_stays_in_step() -> None:
         if event is None:
             continue
         gathers = old_map.gathers(event.maps)
+        thinned = [old_map.group(name) for name, index_map in event.maps.items() if index_map.removed]
+        readers = {place.axis.name for group in thinned for place in group.with_role("read")}
+        biases = {name.removesuffix("weight") + "bias" for name in readers}
         for name, tensor in average.module.state_dict().items():
             assert tensor.shape == model.state_dict()[name].shape
+            if name in readers | biases:  # here the peers of what was removed have taken it over
+                continue
             expected, kept = old[name], tensor
             for axis, source in gathers.items():
                 if axis.name == name:
@@ -669,3 +686,46 @@ def test_resize_takes_one_optimizer_or_several_and_returns_the_new_map() -> None
 def test_resize_without_effect_warns() -> None:
     with pytest.warns(UserWarning, match="changes nothing"):
         resize_(Mixed(), {"join": IndexMap.identity(8)}, example_inputs=IMAGE)
+
+
+# ------------------------------------------------------------------------------------------------- plans that cost much
+
+
+@dataclass(frozen=True)
+class Timid(Looks):
+    """Bears nothing: every plan that raises the loss at all is carried out by half."""
+
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        return -float("inf")
+
+
+def test_a_plan_that_costs_too_much_is_carried_out_by_half_and_the_event_says_so() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    width = attached(model, sgd(model), Never(), 8).widths["left"]
+    plan = {"left": IndexMap.removing(range(4), width).inserting(1)}
+    engine = attached(model, sgd(model), Timid(plans={0: plan}), 8)
+    _, events = train(engine, 2)
+    assert engine.widths["left"] == width - 2
+    assert events[-1].removed == {"left": 2}
+    assert "half of it was made" in events[-1].notes[0]
+
+
+def test_what_is_measured_before_surgery_is_what_surgery_does() -> None:
+    """The trial by stand-in weights and the network after surgery give the same loss on the audit samples."""
+    torch.manual_seed(0)
+    model = Mixed().train()
+    width = attached(model, sgd(model), Never(), 8).widths["left"]
+    engine = attached(model, sgd(model), Looks(plans={0: {"left": IndexMap.removing([1, 3], width)}}), 8)
+    scoring, held_out = engine._batches()
+    old = copy.deepcopy(model)
+    event = engine.review()
+
+    def settled_loss(network: nn.Module) -> float:
+        with quiet(network) as trained, settled_norms(network, scoring, among=trained):
+            return mean_loss(network, held_out, F.cross_entropy)
+
+    assert event.measured == pytest.approx(settled_loss(model) - settled_loss(old), abs=1e-6)
+    assert abs(event.measured) > 1e-4
+    with quiet(model):  # after surgery the settled statistics stay
+        assert mean_loss(model, held_out, F.cross_entropy) == pytest.approx(settled_loss(model), rel=1e-6)

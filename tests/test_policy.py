@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autowidth.channels import ChannelMap
+from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import Cost, macs_cost
 from autowidth.lab.models import build
-from autowidth.policy import Books, Budget, BudgetError, Decision, Never, Policy, Situation, uniform_share
+from autowidth.policy import Books, Budget, BudgetError, Decision, Never, Policy, Situation, shrunk, uniform_share
 from autowidth.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -281,7 +282,7 @@ def test_within_a_group_the_least_worthy_leave(chain: tuple[Cost, dict[str, int]
         gone = [worth[name][c] for c in index_map.removed]
         kept = [worth[name][c] for c in index_map.source]
         assert max(gone) <= min(kept)
-    announced = sum(worth[name][c] for name, m in review.decision.plan.items() for c in m.removed)
+    announced = sum(max(worth[name][c], 0.0) for name, m in review.decision.plan.items() for c in m.removed)
     assert review.decision.announced == pytest.approx(announced, abs=1e-12)
 
 
@@ -438,3 +439,28 @@ def test_never_does_nothing() -> None:
     )
     situation = Situation(step=1, total_steps=2, books=books, macs=macs_cost(channel_map))
     assert not policy.decide(situation).plan
+
+
+# ------------------------------------------------------------------------------------------------------ plans that cost
+
+
+def test_a_shrunk_decision_keeps_the_weaker_half_of_the_removals_and_no_insertions() -> None:
+    worths = {"a": (3.0, 1.0, 5.0, 0.5), "b": (0.1, -2.0, 9.0)}
+    plan = {"a": IndexMap.removing([0, 1, 3], 4).inserting(2), "b": IndexMap.removing([1], 3)}
+    lesser = shrunk(Decision(plan=plan, announced=4.5, target_macs=7, price=0.25), worths)
+    assert lesser.plan == {"b": IndexMap.removing([1], 3), "a": IndexMap.removing([3], 4)}
+    assert lesser.announced == 0.5
+    assert (lesser.target_macs, lesser.price) == (7, 0.25)
+
+
+def test_what_a_budget_bears_grows_with_what_was_announced_and_is_unlimited_at_the_end() -> None:
+    budget = Budget(tolerance=0.25)
+    assert budget.bearable(Decision(plan={}, announced=0.5), last=False) == 1.25
+    assert budget.bearable(Decision(plan={}), last=False) == 0.25
+    assert budget.bearable(Decision(plan={}, announced=0.5), last=True) == math.inf
+
+
+@pytest.mark.parametrize("wrong", [{"tolerance": -0.1}, {"diminishing": -1.0}])
+def test_negative_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="may be negative"):
+        Budget(**wrong)

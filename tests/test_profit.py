@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autowidth.audit import ablate
+from autowidth.audit import ablate, standing_in
 from autowidth.channels import ChannelGroup, ChannelMap, ParamAxis, Place
 from autowidth.probe import probe
 from autowidth.profit import (
@@ -22,11 +22,15 @@ from autowidth.profit import (
     combined,
     covariance,
     fold,
+    folded,
     next_layer,
     own_layer,
     parts,
+    peers,
+    precision,
     pull,
     residual,
+    substitutes,
 )
 from autowidth.trace import trace
 
@@ -49,8 +53,12 @@ def cov_of(x: Tensor) -> Tensor:
     return centred.T @ centred / len(x)
 
 
-def effective(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters())
+def residual_of(cov: Tensor) -> Tensor:
+    return residual(cov, precision(cov))
+
+
+def parts_of(sums: Sums, channel_map: ChannelMap, model: nn.Module) -> dict[str, Tensor]:
+    return parts(sums, channel_map, peers(sums, channel_map, dict(model.named_parameters())))
 
 
 # --------------------------------------------------------------------------------------------------- next-layer profit
@@ -119,7 +127,7 @@ def test_a_dead_channel_is_worth_nothing_to_the_next_layer() -> None:
         model[0].bias[2] = -1e3
     x, y = torch.randn(8, 1, 7, 7), torch.arange(8) % 3
     channel_map = trace(model, x)
-    worth = parts(probe(model, channel_map, [(x, y)], F.cross_entropy), channel_map, effective(model))["0"]
+    worth = parts_of(probe(model, channel_map, [(x, y)], F.cross_entropy), channel_map, model)["0"]
     assert worth[2, 0] == 0
     assert (worth[[0, 1, 3], 0] != 0).all()
     assert torch.isfinite(worth).all()
@@ -151,22 +159,22 @@ def unexplained(x: np.ndarray, channel: int) -> float:
 def test_residual_is_what_least_squares_on_the_peers_leaves(seed: int, channels: int) -> None:
     x = mixed(40, channels, seed)
     expected = [unexplained(x.numpy(), c) for c in range(channels)]
-    np.testing.assert_allclose(residual(cov_of(x)).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(residual_of(cov_of(x)).numpy(), expected, rtol=1e-6)
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), channels=st.integers(1, 8))
 def test_residual_lies_between_nothing_and_the_variance(seed: int, channels: int) -> None:
     cov = covariance(*sums_of(mixed(12, channels, seed)))
-    left = residual(cov)
+    left = residual_of(cov)
     assert (left > 0).all()
     assert (left <= cov.diagonal() * (1 + 1e-12)).all()
 
 
 def test_channels_without_peers_or_correlation_keep_their_variance() -> None:
     variances = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
-    torch.testing.assert_close(residual(torch.diag(variances)), variances)
-    torch.testing.assert_close(residual(torch.tensor([[3.0]])), torch.tensor([3.0]))
+    torch.testing.assert_close(residual_of(torch.diag(variances)), variances)
+    torch.testing.assert_close(residual_of(torch.tensor([[3.0]])), torch.tensor([3.0]))
 
 
 def duplicated(x: Tensor) -> Tensor:
@@ -195,18 +203,18 @@ SINGULAR = {
 def test_singular_covariances_give_finite_profits_that_are_no_less_than_nothing(x: Tensor) -> None:
     x = x.float()
     cov = covariance(*sums_of(x))
-    left = residual(cov)
+    left = residual_of(cov)
     assert left.dtype == torch.float32
     assert torch.isfinite(left).all()
     assert (left >= 0).all()
     assert (left <= cov.diagonal().clamp_min(0)).all()
-    assert torch.isfinite(own_layer(cov, torch.ones(x.size(1)))).all()
+    assert torch.isfinite(own_layer(residual_of(cov), torch.ones(x.size(1)))).all()
 
 
 def test_a_channel_that_is_there_twice_can_be_replaced_and_its_peers_cannot() -> None:
     x = duplicated(mixed(200, 4))
-    share = residual(covariance(*sums_of(x))) / cov_of(x).diagonal()
-    alone = residual(covariance(*sums_of(x[:, :4]))) / cov_of(x[:, :4]).diagonal()
+    share = residual_of(covariance(*sums_of(x))) / cov_of(x).diagonal()
+    alone = residual_of(covariance(*sums_of(x[:, :4]))) / cov_of(x[:, :4]).diagonal()
     assert (share[[0, 4]] < 0.05 * alone[0]).all()
     torch.testing.assert_close(share[1:4], alone[1:4], rtol=0.05, atol=0)
 
@@ -237,7 +245,7 @@ def test_own_layer_is_the_loss_after_the_best_compensation_in_a_linear_layer() -
     full, solution = best(list(range(c)))
     weight = torch.tensor(solution[:c].T)[:, :, None]
     strength = pull(weight, torch.tensor(n * metric), n, n)
-    predicted = own_layer(cov_of(torch.tensor(x)), strength)
+    predicted = own_layer(residual_of(cov_of(torch.tensor(x))), strength)
     true = [best([k for k in range(c) if k != removed])[0] - full for removed in range(c)]
     np.testing.assert_allclose(predicted.numpy(), true, rtol=1e-6)
 
@@ -286,7 +294,7 @@ def forked() -> tuple[nn.Module, ChannelMap, Tensor, Tensor]:
 
 
 def worths(model: nn.Module, channel_map: ChannelMap, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return parts(probe(model, channel_map, batches, F.cross_entropy), channel_map, effective(model))
+    return parts_of(probe(model, channel_map, batches, F.cross_entropy), channel_map, model)
 
 
 def test_worth_does_not_depend_on_the_batch_size_nor_on_how_often_the_data_are_shown() -> None:
@@ -362,8 +370,8 @@ def test_a_reader_that_was_not_seen_adds_nothing() -> None:
         second=sums.second,
         readers={axis: reader for axis, reader in sums.readers.items() if axis.name != "two.weight"},
     )
-    found = parts(without, channel_map, effective(model))
-    whole = parts(sums, channel_map, effective(model))
+    found = parts_of(without, channel_map, model)
+    whole = parts_of(sums, channel_map, model)
     assert (found["stem"][:, 1] < whole["stem"][:, 1]).all()
     assert torch.equal(found["one"], whole["one"])
 
@@ -406,3 +414,99 @@ def test_combined_weighs_the_two_profits() -> None:
     both = combined(table, torch.tensor([0.5, 2.0]))
     torch.testing.assert_close(both, 0.5 * table[:, 0] + 2 * table[:, 1])
     assert math.isclose(float(both[1]), 9.0)
+
+
+# --------------------------------------------------------------------------------------------------------- compensation
+
+
+class Pair(nn.Module):
+    """A linear layer whose hidden channels are linear in each other, and its reader with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.read = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.write(x))
+
+
+def looked_at(model: nn.Module, x: Tensor) -> tuple[ChannelMap, Sums, dict[str, Tensor]]:
+    y = torch.randint(0, 4, (len(x),))
+    channel_map = trace(model, x[:2])
+    return channel_map, probe(model, channel_map, [(x, y)], F.cross_entropy), dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("gone", [[0], [4, 1], [0, 1, 2]])
+def test_channels_that_peers_predict_exactly_leave_without_a_trace(gone: list[int]) -> None:
+    """Six channels of three inputs: any three of them carry everything, means included."""
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(400, 3) + 1
+    channel_map, sums, weights = looked_at(model, x)
+    before = model(x).detach()
+    tensors = folded({"write": gone}, channel_map, peers(sums, channel_map, weights), weights)
+    assert not tensors["read.weight"][:, gone].any()
+    with standing_in(model, tensors):
+        error = (model(x).detach() - before).square().mean().sqrt()
+    with torch.no_grad():
+        model.read.weight[:, gone] = 0
+    plain = (model(x).detach() - before).square().mean().sqrt()
+    assert error < 0.02 * plain  # the ridge keeps it from being exact
+
+
+def test_substitutes_are_the_least_squares_regression() -> None:
+    x = mixed(500, 6).numpy()
+    centred = x - x.mean(0)
+    gone, kept = [1, 4], [0, 2, 3, 5]
+    expected = np.linalg.lstsq(centred[:, kept], centred[:, gone], rcond=None)[0].T
+    inverse = precision(cov_of(torch.tensor(x)))
+    np.testing.assert_allclose(substitutes(inverse, torch.tensor(gone), torch.tensor(kept)), expected, rtol=1e-8)
+
+
+class Maps(nn.Module):
+    """A convolution read by a convolution and, flattened, by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.read, self.flat = nn.Conv2d(2, 5, 3), nn.Conv2d(5, 3, 3), nn.Linear(5 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.write(x))
+        return self.read(hidden).mean((2, 3)) + self.flat(hidden.flatten(1))
+
+
+def test_compensation_does_no_worse_than_plain_removal_in_maps() -> None:
+    """Squared error at the outputs, over the very data that the regression was made on."""
+    torch.manual_seed(1)
+    model, x = Maps(), torch.randn(300, 2, 6, 6)
+    channel_map = trace(model, x[:2])
+    sums = probe(model, channel_map, [(x, torch.randint(0, 3, (300,)))], F.cross_entropy)
+    weights = dict(model.named_parameters())
+    known, before = peers(sums, channel_map, weights), model(x).detach()
+
+    def error(tensors: dict[str, Tensor]) -> float:
+        with standing_in(model, tensors):
+            return float((model(x).detach() - before).square().mean())
+
+    for channel in range(5):
+        assert error(folded({"write": [channel]}, channel_map, known, weights)) < error(
+            folded({"write": [channel]}, channel_map, {}, weights)
+        )
+
+
+def test_nothing_stands_in_where_nobody_is_left_or_a_parametrization_makes_the_weight() -> None:
+    torch.manual_seed(0)
+    model = Pair()
+    torch.nn.utils.parametrizations.weight_norm(model.read)
+    channel_map = trace(model, torch.randn(4, 3))
+    weights = dict(model.named_parameters())
+    name = "read.parametrizations.weight.original1"
+    tensors = folded({"write": [2]}, channel_map, {}, weights)
+    expected = weights[name].detach().clone()
+    expected[:, 2] = 0
+    assert set(tensors) == {name}
+    assert torch.equal(tensors[name], expected)
+    plain = Pair()
+    found, sums, weights = looked_at(plain, torch.randn(50, 3))
+    everything = folded({"write": range(6)}, found, peers(sums, found, weights), weights)
+    assert not everything["read.weight"].any()
+    assert set(everything) == {"read.weight"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from autowidth.channels import ChannelGroup, ChannelMap
+from autowidth.channels import ChannelMap
 
 Batches = Sequence[tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
@@ -48,37 +49,52 @@ def ablate(
     loss_fn: Loss,
     *,
     before: float | None = None,
+    folded: Fold | None = None,
 ) -> list[Ablation]:
     """Takes each picked (group, channel) from its readers, measures the loss on the batches, and puts it back.
 
-    Zeroing what the readers make of a channel has the effect of removing it, norms across channels excepted.
-    `before` is the loss of the whole network on the batches, if it is known already.
+    Zeroing what the readers make of a channel has the effect of removing it, norms across channels excepted. With
+    `folded`, which tells the readers' tensors after a removal, its peers stand in for it. `before` is the loss of the
+    whole network on the batches, if it is known already.
     """
     if before is None:
         before = mean_loss(model, batches, loss_fn)
-    weights: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    fold = folded or partial(_zeroed, model, channel_map)
     found = []
     for name, channel in picks:
-        with _without(weights, channel_map.group(name), channel):
+        with standing_in(model, fold({name: [channel]})):
             found.append(Ablation(name, channel, mean_loss(model, batches, loss_fn) - before))
     return found
 
 
+Fold = Callable[[Mapping[str, Sequence[int]]], Mapping[str, Tensor]]
+"""Removed channels by group -> the readers' tensors without them, by parameter name (see profit.folded)."""
+
+
 @contextmanager
-def _without(weights: Mapping[str, Tensor], group: ChannelGroup, channel: int) -> Iterator[None]:
-    """While it lasts, the readers' weights of one channel are zero."""
-    saved = []
-    with torch.no_grad():
-        for place in group.with_role("read"):
-            weight, dim = weights[place.axis.name].data, place.axis.dim
-            index = torch.tensor(place.index[channel], device=weight.device)
-            saved.append((weight, dim, index, weight.index_select(dim, index)))
-            weight.index_fill_(dim, index, 0.0)
+def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, parameters and buffers of these names hold other values of the same shape."""
+    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = {name: targets[name].data.clone() for name in tensors}
     try:
+        for name, content in tensors.items():
+            targets[name].data.copy_(content)
         yield
     finally:
-        for weight, dim, index, content in reversed(saved):
-            weight.index_copy_(dim, index, content)
+        for name, content in saved.items():
+            targets[name].data.copy_(content)
+
+
+def _zeroed(model: nn.Module, channel_map: ChannelMap, removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The readers' weights with the slices of the removed channels zero."""
+    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    zeroed: dict[str, Tensor] = {}
+    for name, channels in removed.items():
+        for place in channel_map.group(name).with_role("read"):
+            weight = zeroed.get(place.axis.name, targets[place.axis.name].detach().clone())
+            index = torch.tensor([p for c in channels for p in place.index[c]], device=weight.device)
+            zeroed[place.axis.name] = weight.index_fill_(place.axis.dim, index, 0.0)
+    return zeroed
 
 
 def sample(worths: Mapping[str, Array], count: int, rng: np.random.Generator) -> list[tuple[str, int]]:

@@ -7,9 +7,11 @@ The life of a review:
         settle the running statistics of norms on the scoring part: in training they lag behind the weights
         sums      = probe(model, scoring part)
         parts     = profit.parts(sums)       # next-layer and own-layer profit of every filter, nats per sample
-        ablations = a few filters, taken away for real on the held-out part
+        ablations = a few filters, taken away for real on the held-out part, their peers standing in for them
         worths    = parts, combined as the audits so far have taught
         decision  = policy.decide(worths, costs)
+        measure on the held-out part what the whole plan costs, and shrink it where it costs too much
+        fold what the peers take over into the readers' weights
         surgery on model, optimizers and followers
         event     = everything above, appended to the history
 """
@@ -20,9 +22,10 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,14 +33,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import autowidth.audit as audits
-from autowidth.channels import ChannelMap, ResizePlan
+from autowidth.channels import ChannelMap, ParamAxis, ResizePlan
 from autowidth.cost import macs_cost
 from autowidth.history import Event, Fidelity, History
-from autowidth.policy import Books, Decision, Policy, Situation
+from autowidth.policy import Books, Decision, Policy, Situation, shrunk
 from autowidth.probe import Loss, probe
-from autowidth.profit import combined, parts
+from autowidth.profit import Peers, combined, folded, parts, peers
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
 
@@ -203,21 +207,24 @@ class AutoWidth:
             scoring, held_out = self._batches()
             with settled_norms(self.model, scoring, among=trained):
                 sums = probe(self.model, self.channel_map, scoring, self._loss_fn)
-                features = parts(sums, self.channel_map, _effective_weights(self.model))
+                known = peers(sums, self.channel_map, _effective_weights(self.model))
+                features = parts(sums, self.channel_map, known)
                 clock.lap("probe")
-                fidelity, baseline = self._audit(features, held_out)
+                fold = partial(folded, channel_map=self.channel_map, known=known, weights=_tensors(self.model))
+                fidelity, baseline = self._audit(features, held_out, fold)
                 worths = self._worths(features)
                 clock.lap("audit")
             decision = self._decide(worths)
             clock.lap("decide")
-            before = (self.macs, self.params)
-            self._operate(decision.plan)
-            clock.lap("surgery")
-            measured = None
-            if baseline is not None:
-                with settled_norms(self.model, scoring, among=trained):
-                    measured = audits.mean_loss(self.model, held_out, self._loss_fn) - baseline
+            trial = partial(self._change_by, fold, scoring, held_out, baseline, trained)
+            decision, measured = self._affordable(decision, worths, trial)
             clock.lap("audit")
+            before = (self.macs, self.params)
+            self._operate(decision.plan, known)
+            if decision.plan:
+                with settled_norms(self.model, scoring, among=trained, keep=True):
+                    pass  # the statistics of the old network say nothing about the new one
+            clock.lap("surgery")
         event = Event(
             step=self.steps,
             total_steps=self.total_steps,
@@ -247,8 +254,46 @@ class AutoWidth:
         scoring = _take(stream, self.effort.probe_samples)
         return scoring, _take(stream, self.effort.audit_samples)
 
+    def _change_by(
+        self,
+        fold: audits.Fold,
+        scoring: list[tuple[Any, Any]],
+        held_out: list[tuple[Any, Any]],
+        baseline: float | None,
+        trained: Collection[nn.Module],
+        plan: ResizePlan,
+    ) -> float | None:
+        """What the removals of a plan do to the loss on the audit samples, nats per sample, tried without surgery."""
+        removed = _removed(plan)
+        if baseline is None or not removed:
+            return None if baseline is None else 0.0
+        with (
+            audits.standing_in(self.model, fold(removed)),
+            settled_norms(self.model, scoring, among=trained),
+        ):
+            return audits.mean_loss(self.model, held_out, self._loss_fn) - baseline
+
+    def _affordable(
+        self,
+        decision: Decision,
+        worths: Mapping[str, np.ndarray],
+        trial: Callable[[ResizePlan], float | None],
+    ) -> tuple[Decision, float | None]:
+        """The decision and its measured loss change; with a shrunk plan where that exceeds what the policy bears."""
+        measured = trial(decision.plan)
+        if not decision.plan:
+            return decision, measured
+        bearable = self.policy.bearable(decision, last=self.steps >= max(self._review_steps))
+        if measured is None or measured <= bearable:
+            return decision, measured
+        lesser = shrunk(decision, {name: tuple(worth.tolist()) for name, worth in worths.items()})
+        note = (
+            f"the plan would have cost {measured:.3g} nats, more than the bearable {bearable:.3g}: half of it was made"
+        )
+        return replace(lesser, notes=(*lesser.notes, note)), trial(lesser.plan)
+
     def _audit(
-        self, features: Mapping[str, Tensor], held_out: list[tuple[Any, Any]]
+        self, features: Mapping[str, Tensor], held_out: list[tuple[Any, Any]], fold: audits.Fold
     ) -> tuple[Fidelity | None, float | None]:
         """Ablates a few filters, learns from them. Returns how well the criterion had predicted, and the loss."""
         if not held_out:
@@ -257,7 +302,9 @@ class AutoWidth:
         picks = audits.sample(self._worths(features), self.effort.audit_filters, self._rng)
         if not picks:
             return None, baseline
-        ablations = audits.ablate(self.model, self.channel_map, picks, held_out, self._loss_fn, before=baseline)
+        ablations = audits.ablate(
+            self.model, self.channel_map, picks, held_out, self._loss_fn, before=baseline, folded=fold
+        )
         rows = np.array([features[a.group][a.channel].tolist() for a in ablations])
         changes = np.array([a.change for a in ablations])
         spearman, slope = audits.agreement(rows @ self.calibration.vector(), changes)
@@ -285,16 +332,25 @@ class AutoWidth:
         now = len(self.history)
         return tuple(born is not None and now - born < self.policy.grace for born in self._age[group])
 
-    def _operate(self, plan: ResizePlan) -> None:
-        """Surgery on everything that holds the model's shapes."""
+    def _operate(self, plan: ResizePlan, known: Mapping[ParamAxis, Peers]) -> None:
+        """Surgery on everything that holds the model's shapes; peers first take over what is removed."""
         if not plan:
             return
         touched = {axis.name for axis in self.channel_map.gathers(plan)}
         moved = {id(p) for name, p in self.model.named_parameters() if name in touched}
-        self.channel_map = apply_(
-            self.model, self.channel_map, plan, optimizers=[o for o in self.optimizers if _held(o) & moved],
-            followers=self.followers, generator=self._generator,
-        )  # fmt: skip
+        removed = _removed(plan)
+        with ExitStack() as stack:
+            for module in (self.model, *(f.module if isinstance(f, AveragedModel) else f for f in self.followers)):
+                tensors = folded(removed, self.channel_map, known, _tensors(module))
+                stack.enter_context(_unless_it_fails(module, tensors))
+            self.channel_map = apply_(
+                self.model,
+                self.channel_map,
+                plan,
+                optimizers=[o for o in self.optimizers if _held(o) & moved],
+                followers=self.followers,
+                generator=self._generator,
+            )
         now = len(self.history)
         for name, index_map in plan.items():
             self._age[name] = [now if s < 0 else self._age[name][s] for s in index_map.source]
@@ -323,12 +379,28 @@ def quiet(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 @contextmanager
+def _unless_it_fails(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives parameters and buffers other values, and their old ones back if what follows raises."""
+    targets = _tensors(model)
+    saved = {name: targets[name].data.clone() for name in tensors}
+    try:
+        for name, content in tensors.items():
+            targets[name].data.copy_(content)
+        yield
+    except BaseException:
+        for name, content in saved.items():
+            targets[name].data.copy_(content)
+        raise
+
+
+@contextmanager
 def settled_norms(
-    model: nn.Module, batches: Iterable[tuple[Any, Any]], *, among: Collection[nn.Module]
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], *, among: Collection[nn.Module], keep: bool = False
 ) -> Iterator[None]:
     """While it lasts, running statistics of norms are plain averages over the batches; afterwards as they were.
 
     `among` are the modules that are being trained: a norm that the user keeps in evaluation mode is left alone.
+    With `keep` the settled statistics stay, if nothing is raised.
 
     At a high learning rate running statistics lag behind the weights: the network in evaluation mode is then not the
     one that is being trained, and what it says of its filters is wrong (docs/decisions/003). Batches of one sample
@@ -337,6 +409,7 @@ def settled_norms(
     usable = [inputs for inputs, _ in batches if len(inputs) > 1]
     trained = [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
     norms = trained if usable else []
+    settled = False
     saved = [({name: buffer.clone() for name, buffer in m.named_buffers()}, m.momentum, m.training) for m in norms]
     try:
         for norm in norms:
@@ -348,11 +421,13 @@ def settled_norms(
         for norm, (_, _, training) in zip(norms, saved, strict=True):
             norm.training = training
         yield
+        settled = keep
     finally:
         for norm, (buffers, momentum, training) in zip(norms, saved, strict=True):
             norm.momentum, norm.training = momentum, training
             for name, content in buffers.items():
-                norm.get_buffer(name).copy_(content)
+                if not settled or name == "num_batches_tracked":
+                    norm.get_buffer(name).copy_(content)
 
 
 class _Clock:
@@ -366,6 +441,11 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def _removed(plan: ResizePlan) -> dict[str, tuple[int, ...]]:
+    """The channels that a plan removes, by channel group."""
+    return {name: index_map.removed for name, index_map in plan.items() if index_map.removed}
 
 
 def _several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
@@ -389,6 +469,11 @@ def _take(stream: Iterator[tuple[Any, Any]], samples: int) -> list[tuple[Any, An
 
 def _span(worth: np.ndarray) -> tuple[float, float, float]:
     return float(worth.min()), float(np.median(worth)), float(worth.max())
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _effective_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -54,8 +55,9 @@ class Situation:
 class Decision:
     """What to do: index maps of the groups that change, the cost aimed at, the price that it implies.
 
-    price: nats per MAC at the margin, of the dearest filter removed; announced: the sum of the removed filters'
-    worths, nats per sample.
+    price: nats per MAC at the margin, of the dearest filter removed; announced: the sum of the removed filters' worths,
+    nats per sample. A negative worth counts for nothing there: what single filters promise does not add up, since the
+    most promising are picked (docs/decisions/004).
     """
 
     plan: Mapping[str, IndexMap]
@@ -79,6 +81,9 @@ class Policy(Protocol):
     def decide(self, situation: Situation) -> Decision:
         """The resizes to make now."""
 
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        """The rise of the loss, nats per sample, above which only half of the decision is carried out."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Never:
@@ -97,6 +102,10 @@ class Never:
         """An empty plan."""
         return Decision(plan={})
 
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        """Nothing is decided, so nothing has to be borne."""
+        return 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
@@ -111,6 +120,8 @@ class Budget:
         would have in a uniformly narrowed network of the target's cost. Early worth overrates layers that learn
         first; the narrower a group already is, the dearer its next filter (docs/decisions/002).
     min_width: no group gets narrower.
+    tolerance: a plan that turns out to cost this many nats (the unit of the loss) more than twice what was announced is
+        carried out by half; what is left is made up for at later reviews. The last review always meets the target.
     """
 
     macs: float = 0.5
@@ -121,6 +132,7 @@ class Budget:
     grace: int = 2
     diminishing: float = 2.0
     min_width: int = 2
+    tolerance: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.macs > 0:
@@ -132,6 +144,8 @@ class Budget:
                 f"count={self.count}, min_width={self.min_width}, grace={self.grace}, offer={self.offer:g}: "
                 "need count >= 1, min_width >= 1, grace >= 0 and 0 <= offer < 1"
             )
+        if self.tolerance < 0 or self.diminishing < 0:
+            raise ValueError(f"tolerance={self.tolerance:g}, diminishing={self.diminishing:g}: neither may be negative")
 
     def check(self, macs: CostOfWidths, widths: Mapping[str, int]) -> None:
         """Raises BudgetError if the target is below what minimum widths cost, or above the start without insertion."""
@@ -172,6 +186,21 @@ class Budget:
         return Decision(
             plan=market.plan(), target_macs=round(target), price=price, announced=announced - market.regained
         )
+
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        """Twice what was announced and the tolerance; anything at the last review."""
+        return math.inf if last else 2 * (decision.announced or 0.0) + self.tolerance
+
+
+def shrunk(decision: Decision, worths: Mapping[str, Sequence[float]]) -> Decision:
+    """The weaker half of a decision's removals, and no insertions. `worths` by group name, per channel."""
+    order = sorted((worths[name][c], name, c) for name, index_map in decision.plan.items() for c in index_map.removed)
+    half = order[: len(order) // 2]
+    gone: dict[str, list[int]] = {}
+    for _, name, c in half:
+        gone.setdefault(name, []).append(c)
+    plan = {name: IndexMap.removing(channels, decision.plan[name].size) for name, channels in gone.items()}
+    return replace(decision, plan=plan, announced=sum(max(worth, 0.0) for worth, _, _ in half))
 
 
 def uniform_share(macs: CostOfWidths, widths: Mapping[str, int], target: float) -> float:
@@ -242,7 +271,7 @@ class _Market:
             if not np.isfinite(density[g]):
                 break
             price = float(density[g])
-            announced += float(weakest[g])
+            announced += max(float(weakest[g]), 0.0)
             self.gone[g].append(self.ranked[g].pop(0))
             self.widths[g] -= 1
         return price, announced
@@ -260,7 +289,7 @@ class _Market:
             self.widths[g] += 1
             if self.macs.at(self.widths) <= target:
                 self.gone[g].remove(c)
-                self.regained += worth
+                self.regained += max(worth, 0.0)
             else:
                 self.widths[g] -= 1
 

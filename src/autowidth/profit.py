@@ -8,7 +8,7 @@ window, p pixels. x what the reader reads, g the gradient of one sample's loss a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +89,29 @@ def covariance(gram: Tensor, total: Tensor, count: int) -> Tensor:
     return cov + RIDGE * level * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
 
 
-def residual(cov: Tensor) -> Tensor:
+def precision(cov: Tensor) -> Tensor:
+    """The inverse (c, c) of a covariance, in double precision."""
+    inverse: Tensor = torch.linalg.inv(cov.double())
+    return inverse
+
+
+def residual(cov: Tensor, inverse: Tensor) -> Tensor:
     """The variance (c,) of each channel that its peers cannot predict: one over the diagonal of the inverse.
 
     At most the variance itself: where rounding has made the covariance indefinite, the inverse does not know that.
     """
-    inverse = torch.linalg.inv(cov.double())
     rest = 1 / inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     return torch.minimum(rest, cov.diagonal().double().clamp_min(0)).to(cov.dtype)
+
+
+def substitutes(inverse: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
+    """The weights (gone, kept) with which the kept channels best predict those that go, by least squares.
+
+    `inverse` (c, c) is the inverse covariance P of all of them: C_gk C_kk^-1 = -P_gg^-1 P_gk, so that one inverse
+    serves every choice of what goes.
+    """
+    solved: Tensor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
+    return -solved
 
 
 def pull(weight: Tensor, force: Tensor, outputs: int, samples: int) -> Tensor:
@@ -109,13 +124,13 @@ def pull(weight: Tensor, force: Tensor, outputs: int, samples: int) -> Tensor:
     return (outputs / samples) * torch.einsum("ock,op,pck->c", weight, per_pixel, weight)
 
 
-def own_layer(cov: Tensor, strength: Tensor) -> Tensor:
+def own_layer(rest: Tensor, strength: Tensor) -> Tensor:
     """What peers cannot replace, 1/2 x residual variance x pull, (c,): structured optimal brain surgery.
 
     After the best linear compensation from its peers, only a channel's residual is lost; its cost is taken to second
     order with Kronecker-factored curvature (Hassibi 1993; Wang 2019, EigenDamage, arXiv 1905.05934).
     """
-    return residual(cov) * strength / 2
+    return rest * strength / 2
 
 
 def combined(parts: Tensor, coefficients: Tensor) -> Tensor:
@@ -140,25 +155,56 @@ def _on(channel_map: ChannelMap, axis: ParamAxis) -> list[Place]:
     return [place for group in channel_map.groups for place in group.with_role("read") if place.axis == axis]
 
 
-def parts(sums: Sums, channel_map: ChannelMap, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each channel group its filters' two profits, (f, 2): next-layer and own-layer, nats per sample.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """What is known of the channels that one weight reads: c peers as `fold` orders them, each with k positions.
 
-    `weights` are the parameters by name, as they were when the probe ran.
+    index (c, k): positions on the axis; mean (c,), cov (c, c), inverse (c, c): of what they carry; pull (c,).
     """
-    own = {axis: _own_of_reader(sums, channel_map, axis, weights[axis.name]) for axis in sums.readers}
+
+    index: Tensor
+    mean: Tensor
+    cov: Tensor
+    inverse: Tensor
+    pull: Tensor
+
+
+def peers(sums: Sums, channel_map: ChannelMap, weights: Mapping[str, Tensor]) -> dict[ParamAxis, Peers]:
+    """The peers of every axis that the probe saw reading. `weights` by name, as they were when the probe ran."""
+    return {axis: _peers_of(sums, channel_map, axis, weights[axis.name]) for axis in sums.readers}
+
+
+def _peers_of(sums: Sums, channel_map: ChannelMap, axis: ParamAxis, weight: Tensor) -> Peers:
+    reader = sums.readers[axis]
+    index = torch.tensor(fold(channel_map, axis), device=weight.device)
+    slices = _slices(weight.detach().float(), axis)
+    cov = covariance(reader.gram, reader.total, reader.inputs)
+    return Peers(
+        index=index,
+        mean=reader.total / reader.inputs,
+        cov=cov,
+        inverse=precision(cov),
+        pull=pull(slices[:, index].flatten(2), reader.force, reader.outputs, sums.samples),
+    )
+
+
+def _slices(weight: Tensor, axis: ParamAxis) -> Tensor:
+    """A weight as (outputs, positions on the axis that reads, kernel window)."""
+    front = weight.movedim(axis.dim, 1)
+    return front.reshape(*front.shape[:2], -1)
+
+
+def parts(sums: Sums, channel_map: ChannelMap, known: Mapping[ParamAxis, Peers]) -> dict[str, Tensor]:
+    """For each channel group its filters' two profits, (f, 2): next-layer and own-layer, nats per sample."""
+    own = {axis: _own_of_reader(axis, found, channel_map) for axis, found in known.items()}
     return {group.name: _parts_of(sums, group, own) for group in channel_map.groups}
 
 
-def _own_of_reader(sums: Sums, channel_map: ChannelMap, axis: ParamAxis, weight: Tensor) -> Tensor:
+def _own_of_reader(axis: ParamAxis, found: Peers, channel_map: ChannelMap) -> Tensor:
     """The own-layer profit of every position of an axis that reads, (length of the axis,)."""
-    reader = sums.readers[axis]
-    peers = torch.tensor(fold(channel_map, axis), device=weight.device)
-    slices = weight.detach().float().movedim(axis.dim, 1)
-    matrix = slices.reshape(*slices.shape[:2], -1)[:, peers].flatten(2)
-    cov = covariance(reader.gram, reader.total, reader.inputs)
-    profit = own_layer(cov, pull(matrix, reader.force, reader.outputs, sums.samples))
-    spread = profit.new_zeros(weight.size(axis.dim))
-    spread[peers] = profit[:, None].expand(peers.shape) / peers.size(1)
+    profit = own_layer(residual(found.cov, found.inverse), found.pull)
+    spread = profit.new_zeros(channel_map.shapes[axis.name][axis.dim])
+    spread[found.index] = profit[:, None].expand(found.index.shape) / found.index.size(1)
     return spread
 
 
@@ -169,3 +215,50 @@ def _parts_of(sums: Sums, group: ChannelGroup, own: Mapping[ParamAxis, Tensor]) 
         if place.axis in own:
             own_part = own_part + own[place.axis][torch.tensor(place.index, device=own_part.device)].sum(-1)
     return torch.stack([next_part, own_part], dim=-1)
+
+
+def folded(
+    removed: Mapping[str, Sequence[int]],
+    channel_map: ChannelMap,
+    known: Mapping[ParamAxis, Peers],
+    weights: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The readers' weights (and biases) once the removed channels are gone and their peers stand in for them.
+
+    `removed` is group name -> channels. What each of them carries is replaced by its regression on the channels that
+    stay: the reader's weights for those take it over, its mean goes into the bias where the reader has one (a norm
+    behind it absorbs it otherwise). The removed slices are zero. Weights behind a parametrization, and readers that
+    the probe did not see, are zeroed without compensation. Shapes are those before the removal.
+    """
+    gone: dict[ParamAxis, list[int]] = {}
+    for name, channels in removed.items():
+        for place in channel_map.group(name).with_role("read"):
+            gone.setdefault(place.axis, []).extend(p for c in channels for p in place.index[c])
+    result: dict[str, Tensor] = {}
+    for axis, positions in gone.items():
+        weight = result.get(axis.name, weights[axis.name]).detach().clone()
+        found = known.get(axis)
+        if found is not None and ".parametrizations." not in axis.name:
+            bias = axis.name.removesuffix("weight") + "bias"
+            known_bias = {bias: weights[bias]} if bias in weights and axis.dim == 1 else {}  # not of transposed layers
+            result |= _handed_over(weight, axis, positions, found, known_bias)
+        weight.index_fill_(axis.dim, torch.tensor(positions, device=weight.device), 0.0)
+        result[axis.name] = weight
+    return result
+
+
+def _handed_over(
+    weight: Tensor, axis: ParamAxis, positions: Sequence[int], found: Peers, bias: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Adds to the weight, in place, what the peers take over. Returns the bias with what is constant of it."""
+    leaving = torch.isin(found.index, torch.tensor(positions, device=weight.device)).all(1)
+    out, kept = leaving.nonzero().flatten(), (~leaving).nonzero().flatten()
+    if not len(out) or not len(kept):
+        return {}
+    stand_in = substitutes(found.inverse, out, kept).to(torch.float32)
+    front = weight.movedim(axis.dim, 1)
+    window = _slices(weight.float(), axis)[:, found.index[out]]
+    taken = torch.einsum("oskw,sc->ockw", window, stand_in)
+    front[:, found.index[kept]] += taken.reshape(*taken.shape[:3], *front.shape[2:]).to(weight.dtype)
+    constant = found.mean[out] - stand_in @ found.mean[kept]
+    return {name: (b + torch.einsum("oskw,s->o", window, constant)).detach().to(b.dtype) for name, b in bias.items()}
