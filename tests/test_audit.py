@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from autowidth.audit import Calibration, ablate, agreement, mean_loss, refit, sample
+from autowidth.audit import Calibration, ablate, agreement, mean_loss, refit, sample, standing_in
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.engine import resize_
 from autowidth.trace import trace
@@ -364,3 +364,17 @@ def test_agreement_leaves_out_what_is_not_finite() -> None:
     spearman, slope = agreement(predicted, measured)
     assert spearman == pytest.approx(1)
     assert slope == pytest.approx(2)
+
+
+def test_values_that_stand_in_go_back_or_stay_unless_what_follows_fails() -> None:
+    model = nn.Linear(2, 2)
+    old, new = model.weight.detach().clone(), torch.zeros(2, 2)
+    with standing_in(model, {"weight": new}):
+        assert torch.equal(model.weight, new)
+    assert torch.equal(model.weight, old)
+    with pytest.raises(ZeroDivisionError), standing_in(model, {"weight": new}, stay=True):
+        raise ZeroDivisionError
+    assert torch.equal(model.weight, old)
+    with standing_in(model, {"weight": new}, stay=True):
+        pass
+    assert torch.equal(model.weight, new)

@@ -72,16 +72,21 @@ Fold = Callable[[Mapping[str, Sequence[int]]], Mapping[str, Tensor]]
 
 
 @contextmanager
-def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """While it lasts, parameters and buffers of these names hold other values of the same shape."""
+def standing_in(model: nn.Module, tensors: Mapping[str, Tensor], *, stay: bool = False) -> Iterator[None]:
+    """While it lasts, parameters and buffers of these names hold other values of the same shape.
+
+    Afterwards they are as they were; with `stay` only if what it encloses raises.
+    """
     targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     saved = {name: targets[name].data.clone() for name in tensors}
+    done = False
     try:
         for name, content in tensors.items():
             targets[name].data.copy_(content)
         yield
+        done = True
     finally:
-        for name, content in saved.items():
+        for name, content in saved.items() if not (stay and done) else ():
             targets[name].data.copy_(content)
 
 

@@ -342,7 +342,7 @@ class AutoWidth:
         with ExitStack() as stack:
             for module in (self.model, *(f.module if isinstance(f, AveragedModel) else f for f in self.followers)):
                 tensors = folded(removed, self.channel_map, known, _tensors(module))
-                stack.enter_context(_unless_it_fails(module, tensors))
+                stack.enter_context(audits.standing_in(module, tensors, stay=True))
             self.channel_map = apply_(
                 self.model,
                 self.channel_map,
@@ -376,21 +376,6 @@ def quiet(model: nn.Module) -> Iterator[set[nn.Module]]:
         np.random.set_state(states[1])
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def _unless_it_fails(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives parameters and buffers other values, and their old ones back if what follows raises."""
-    targets = _tensors(model)
-    saved = {name: targets[name].data.clone() for name in tensors}
-    try:
-        for name, content in tensors.items():
-            targets[name].data.copy_(content)
-        yield
-    except BaseException:
-        for name, content in saved.items():
-            targets[name].data.copy_(content)
-        raise
 
 
 @contextmanager
