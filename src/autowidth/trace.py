@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,10 +54,12 @@ def trace(model: nn.Module, example_inputs: Inputs, *, rehearse: bool = True) ->
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Keeps the caller's inference mode and autocast out, and puts the global random states back afterwards."""
+    """Keeps the caller's inference mode and autocast and the garbage collector out; puts random states back."""
     states = random.getstate(), np.random.get_state()
     homes = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     devices = [home.index for home in homes if home.type == "cuda"]
+    collecting = gc.isenabled()
+    gc.disable()  # a map is millions of small tuples without cycles: looking through them again and again costs a third
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices))  # dropout and trial insertions draw from it
@@ -64,6 +68,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))  # its cached weights carry no labels
             yield
     finally:
+        if collecting:
+            gc.enable()
         random.setstate(states[0])
         np.random.set_state(states[1])
 
@@ -75,6 +81,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 class _Studio:
     """A scratch copy of the model with inputs that fit it, and the modes (training or not) to look at."""
 
+    make: Callable[[], nn.Module]
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -107,17 +114,22 @@ class _Studio:
         studio = replace(self, modes=modes, notes=(*self.notes, *lost))
         return studio, replace(_read_off(dyer.ledger, _shapes(self.model)), notes=studio.notes)
 
-    def copied(self) -> nn.Module:
-        return copy.deepcopy(self.model)
+    def scratches(self) -> Iterator[nn.Module]:
+        """Copies to spoil, as many as are asked for: first the one that has been looked at, then fresh ones."""
+        yield self.model
+        while True:
+            yield self.make()
 
 
 def _looked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Studio, ChannelMap]:
     """A first look at a scratch copy on the meta device if the forward pass needs no values, else at a real one."""
     on_meta = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
-    found = _Studio(_meta_copy(model), *on_meta).first_look()
+    make = partial(_meta_copy, model)
+    found = _Studio(make, make(), *on_meta).first_look()
     if isinstance(found, Exception):
         note = "the forward pass depends on values: only the branch taken by the example inputs was followed"
-        found = _Studio(copy.deepcopy(model), args, kwargs, notes=(note,)).first_look()
+        make = partial(copy.deepcopy, model)
+        found = _Studio(make, make(), args, kwargs, notes=(note,)).first_look()
     if isinstance(found, Exception):
         shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         raise TraceError(
@@ -215,7 +227,7 @@ class _Dyer(TorchDispatchMode):
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.ledger = Ledger(batch=max(tensors[0].size(0), 1) if tensors[0].dim() else 1, where=self._where)
+        self.ledger = Ledger(batch=max(tensors[0].size(0), 1) if tensors[0].dim() else 1, where=_where)
         self._dyes: MutableMapping[Tensor, Dyes] = WeakIdKeyDictionary()
         self._serial: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
         self._serials = itertools.count()
@@ -273,13 +285,15 @@ class _Dyer(TorchDispatchMode):
     def _dyes_of(self, tensor: Tensor) -> Dyes:
         return self._dyes.get(tensor, ())
 
-    def _where(self) -> str:
-        frame = sys._getframe(1)
-        frames = []
-        while frame is not None:
-            frames.append((frame.f_code.co_filename, frame.f_lineno))
-            frame = frame.f_back  # type: ignore[assignment]
-        return _line(iter(frames))
+
+def _where() -> str:
+    """The line of the user's code that is being run."""
+    frame = sys._getframe(1)
+    frames = []
+    while frame is not None:
+        frames.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]
+    return _line(iter(frames))
 
 
 def _settings(args: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -487,9 +501,10 @@ def _named(groups: Sequence[tuple[Place, ...]]) -> tuple[ChannelGroup, ...]:
 def _rehearsed(studio: _Studio, channel_map: ChannelMap) -> ChannelMap:
     """Freezes, with the reason, every channel group that does not survive a trial resize on a scratch copy."""
     groups = list(channel_map.groups)
+    scratches = studio.scratches()
     unfit: dict[str, str] = {}
     while groups:
-        found = _failing(studio, channel_map, groups)
+        found = _failing(studio, channel_map, groups, scratches)
         if not found:
             break
         unfit |= found
@@ -503,7 +518,9 @@ def _rehearsed(studio: _Studio, channel_map: ChannelMap) -> ChannelMap:
     return replace(channel_map, groups=tuple(groups), frozen=(*channel_map.frozen, *frozen))
 
 
-def _failing(studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup]) -> dict[str, str]:
+def _failing(
+    studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup], scratches: Iterator[nn.Module]
+) -> dict[str, str]:
     """Group name -> why it cannot be resized; empty if all these groups survive together.
 
     One trial does for all where nothing is wrong: every group loses a channel and gains others. Differing gains tell
@@ -514,14 +531,16 @@ def _failing(studio: _Studio, channel_map: ChannelMap, groups: list[ChannelGroup
     removal = {g.name: IndexMap.removing([0], g.width) for g in groups if g.width > 2}
     insertion = {g.name: IndexMap.identity(g.width).inserting(1) for g in groups}
     trials = {"resizing": together} if len(groups) > 1 else {"removing": removal, "inserting": insertion}
-    results = ((act, *_trial(studio, channel_map, plan)) for act, plan in trials.items())
+    results = ((act, *_trial(studio, channel_map, plan, scratches)) for act, plan in trials.items())
     act, broken, trouble = next((result for result in results if result[2]), ("", [], ""))
     if not trouble:
         return {}
     if broken or len(groups) == 1:
         return dict.fromkeys(broken or [groups[0].name], f"{act} a channel {trouble}")
     half = len(groups) // 2
-    found = _failing(studio, channel_map, groups[:half]) | _failing(studio, channel_map, groups[half:])
+    found: dict[str, str] = {}
+    for part in (groups[:half], groups[half:]):
+        found |= _failing(studio, channel_map, part, scratches)
     return found or {group.name: f"resized together with others, a channel {trouble}" for group in groups}
 
 
@@ -531,11 +550,13 @@ def _exchange(group: ChannelGroup, gain: int) -> IndexMap:
     return IndexMap.removing(range(leaving), group.width).inserting(gain + leaving)
 
 
-def _trial(studio: _Studio, channel_map: ChannelMap, plan: ResizePlan) -> tuple[list[str], str]:
+def _trial(
+    studio: _Studio, channel_map: ChannelMap, plan: ResizePlan, scratches: Iterator[nn.Module]
+) -> tuple[list[str], str]:
     """Resizes a scratch copy and looks at it again. Returns (names of broken groups, what went wrong)."""
     if not plan:
         return [], ""
-    scratch = studio.copied()
+    scratch = next(scratches)
     try:
         expected = apply_(scratch, channel_map, plan)
         seen = {group.places for group in studio.look(scratch).groups}
