@@ -122,9 +122,11 @@ def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
 
 
 def _batch_norm(
-    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Any = None, bias: Any = None, **_: Any
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **_: Any
 ) -> Tensor:
     """With running statistics, written out: torch gives no gradients for them."""
+    if running_mean is None or running_var is None:
+        return F.batch_norm(input, None, None, weight, bias, training=True)
     scale = (running_var + 1e-5).rsqrt()
     return _affine(_affine(input, scale, -running_mean * scale), weight, bias)
 

@@ -243,6 +243,24 @@ def test_views_of_one_storage_are_saved_as_what_they_show(tmp_path: Path) -> Non
     assert torch.equal(stored["bias"], model.bias)
 
 
+class Versioned(Plain):
+    """Asks for the version of its state, as MNASNet of torchvision does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_network_that_asks_for_the_version_of_its_state_is_told(tmp_path: Path) -> None:
+    model = lived_in(Versioned)
+    save(tmp_path, model)
+    loaded = fresh(Versioned)
+    load_(loaded, tmp_path, example_inputs=INPUT)
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
 def test_a_tied_tensor_is_stored_once(tmp_path: Path) -> None:
     save(tmp_path, fresh(Tied))
     stored = load_file(tmp_path / "model.safetensors")

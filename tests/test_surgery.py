@@ -612,6 +612,19 @@ def test_random_weights_have_the_spread_of_the_survivors() -> None:
     assert abs(spread / wanted - 1) < 5 / np.sqrt(2 * 200 * 50)  # five standard errors
 
 
+def test_large_weights_are_resized_like_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = chain(6, 5)
+    with torch.no_grad():
+        net.model.conv1.weight.mul_(torch.arange(1.0, 7.0).view(6, 1, 1, 1)).add_(3)  # no two blocks are alike
+    plan = {"a": IndexMap.removing([2], 6).inserting(3), "b": IndexMap.removing([0], 5).inserting(1)}
+    whole, blocks = copy.deepcopy(net.model), copy.deepcopy(net.model)
+    apply_(whole, net.map, plan, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("autowidth.surgery._BLOCK", 20)
+    apply_(blocks, net.map, plan, generator=torch.Generator().manual_seed(0))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(blocks.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
 def test_width_replaced_altogether_keeps_the_scale_of_the_old_one() -> None:
     net = chain(4, 5)
     variance = net.model.bn1.running_var.mean().item()

@@ -219,11 +219,12 @@ class NeedsValues(nn.Module):
 @pytest.mark.parametrize("name", [*NETS, *lab])
 def test_tracing_with_values_equals_tracing_without(name: str) -> None:
     model, inputs = example(name)[:2] if name in NETS else lab_model(name)
-    plain, valued = trace(model, inputs, rehearse=False), trace(NeedsValues(model), inputs, rehearse=False)
+    differs = name in NETS and bool(NETS[name].valued)  # then the two must agree in the end at least
+    plain, valued = (trace(m, inputs, rehearse=differs) for m in (model, NeedsValues(model)))
     assert [g.name for g in valued.groups] == [f"body.{g.name}" for g in plain.groups]
     strip = {(s.removeprefix("body."), d, i) for c in traced_coupling(valued) for s, d, i in c}
     assert strip == {slot for channel in traced_coupling(plain) for slot in channel}
-    assert [(u.name.removeprefix("body."), u.macs_per_weight) for u in valued.uses] == [
+    assert differs or [(u.name.removeprefix("body."), u.macs_per_weight) for u in valued.uses] == [
         (u.name, u.macs_per_weight) for u in plain.uses
     ]
     assert valued.notes
@@ -321,7 +322,8 @@ def test_what_rehearsal_freezes_would_have_failed(name: str) -> None:
     assert failed
     for group in failed:
         width = loose.widths[group]
-        acts = [IndexMap.identity(width).inserting(1), IndexMap.removing([0], width)]
+        acts = [IndexMap.identity(width).inserting(n) for n in (1, 3)]
+        acts += [IndexMap.removing([0], width)] if width > 1 else []
         assert not all(survives(model, inputs, loose, {group: act}) for act in acts), group
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -432,8 +433,15 @@ def _take_over(body: nn.Module, channel_map: ChannelMap, plan: ResizePlan, state
     """Resizes `body` and loads the state strictly; returns the channel map of the result."""
     # All fresh content is overwritten; a generator of its own keeps the global random state as it was.
     resized = apply_(body, channel_map, plan, generator=torch.Generator()) if plan else channel_map
-    body.load_state_dict(state, strict=True)
+    body.load_state_dict(_versioned(state, body), strict=True)
     return resized
+
+
+def _versioned(state: Mapping[str, Tensor], body: nn.Module) -> OrderedDict[str, Tensor]:
+    """The state with the versions of the modules of `body`, which some classes ask for when they load."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(body.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    return versioned
 
 
 def _foreign(run: Run, name: str, channel_map: ChannelMap) -> CheckpointError:

@@ -71,17 +71,30 @@ def _cost(channel_map: ChannelMap, factors: Mapping[str, float]) -> Cost:
     row = {name: t for t, name in enumerate(factors)}
     factor = np.array(list(factors.values()), dtype=np.float64)
     base, copies = np.ones((len(row), 2)), np.zeros((len(row), 2, len(names)))
+    columns = _channel_dims(channel_map, row)
     for name, t in row.items():
-        shape = channel_map.shapes[name]
-        base[t, : min(len(shape), 2)] = shape[:2]
-        factor[t] *= float(np.prod(shape[2:]))
+        for d, length in enumerate(channel_map.shapes[name]):
+            if d in columns[name]:
+                base[t, columns[name].index(d)] = length
+            else:
+                factor[t] *= length
     for g, group in enumerate(channel_map.groups):
         for place in group.places:
             if place.axis.name in row:
-                t, d = row[place.axis.name], place.axis.dim
+                t, d = row[place.axis.name], columns[place.axis.name].index(place.axis.dim)
                 copies[t, d, g] += place.copies
                 base[t, d] -= place.copies * group.width
     return Cost(names, factor, base, copies)
+
+
+def _channel_dims(channel_map: ChannelMap, names: Iterable[str]) -> dict[str, list[int]]:
+    """For each parameter the dims, at most two, along which channels can come and go."""
+    dims: dict[str, list[int]] = {name: [] for name in names}
+    for group in channel_map.groups:
+        for axis in group.axes:
+            if axis.name in dims and axis.dim not in dims[axis.name]:
+                dims[axis.name].append(axis.dim)
+    return dims
 
 
 def count_macs(model: nn.Module, example_inputs: object) -> int:

@@ -9,6 +9,7 @@ To add an op: write one function, decorate it with the op's names, add one row t
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from torch import Tensor
 from autowidth.channels import ParamAxis, Role, WeightUse
 
 NEUTRAL = -1
+_NOBODY = torch.tensor(NEUTRAL)
+_MANY = 10_000
 Dyes = tuple[Tensor, ...]
 
 
@@ -56,6 +59,8 @@ def tidy(dye: Tensor) -> Tensor | None:
             small = small.narrow(d, 0, 1)
     if small.numel() == 0 or bool((small == NEUTRAL).all()):
         return None
+    if small.untyped_storage().nbytes() > 2 * small.numel() * small.element_size():
+        small = small.clone()  # a view would keep alive all that was laid out on the way
     return small.expand(dye.shape)
 
 
@@ -75,6 +80,7 @@ class Ledger:
     edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     roles: dict[ParamAxis, set[Role]] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
+    elements: dict[str, int] = field(default_factory=dict)
     ids: int = 0
 
     def slots(self, name: str, dim: int, length: int) -> Tensor:
@@ -82,6 +88,7 @@ class Ledger:
         self.axes.append(ParamAxis(name, dim))
         self.starts.append(self.ids)
         self.lengths.append(length)
+        self.elements[name] = self.elements.get(name, 1) * length
         return self._take(length)
 
     def mark(self, reason: str, count: int = 1) -> Tensor:
@@ -102,12 +109,16 @@ class Ledger:
         a, b = torch.broadcast_tensors(a, b)
         x, y = a.reshape(-1).numpy(), b.reshape(-1).numpy()
         both = (x != NEUTRAL) & (y != NEUTRAL)
-        self.edges.append((x[both], y[both]))
+        x, y = x[both], y[both]
+        if len(x) > _MANY:  # the same pairs again and again, as where heads and tokens are folded into one dim
+            x, y = np.divmod(np.unique(x * self.ids + y), self.ids)
+        self.edges.append((x, y))
 
     def freeze(self, dyes: Dyes, reason: str) -> None:
         """Freezes every label in the dyes, and notes the reason and the line of the user's code."""
         for dye in dyes:
-            self.unite(shrunk(dye).reshape(-1), self.mark(reason))
+            labels = shrunk(dye).unique()
+            self.unite(labels, self.mark(reason, len(labels)))  # a mark each: who is frozen is not thereby the same
 
     def frozen_dyes(self, shape: Sequence[int], reason: str) -> Dyes:
         """Dyes for a tensor that must not be resized in any dim but the first (the batch)."""
@@ -129,10 +140,30 @@ class Ledger:
             if axis is not None:
                 self.roles.setdefault(axis, set()).add(role)
 
-    def use(self, vector: Tensor, macs: float) -> None:
-        """Notes that the weight behind these slots does `macs` multiply-accumulates per element on the whole batch."""
+    def rank(self, dye: Tensor) -> int:
+        """How surely the labels of a dye are channels: 2 if a layer reads, writes or carries what they are united
+        with, 1 if that is a position of a weight's first two dims, 0 if it is a kernel window, a token or a mark."""
+        known = np.zeros(self.ids, dtype=bool)
+        known[[label for label in shrunk(dye).unique().tolist() if label != NEUTRAL]] = True
+        none = np.empty(0, dtype=np.int64)
+        a, b = (np.concatenate(side) for side in zip((none, none), *self.edges, strict=True))
+        self.edges = [(a, b)]  # who asks once asks again
+        count = 0
+        while count < (count := int(known.sum())):
+            known[b[known[a]]] = True
+            known[a[known[b]]] = True
+        axes = {self.axis_of(label) for label in known.nonzero()[0].tolist()} - {None}
+        if axes & self.roles.keys():
+            return 2
+        return int(any(axis.dim < 2 for axis in axes if axis is not None))
+
+    def use(self, weight: Tensor, vector: Tensor, macs: float) -> None:
+        """Notes that the weight behind these slots does `macs` multiply-accumulates per element on the whole batch.
+
+        A weight that was mixed from another number of elements is none of the parameter's.
+        """
         axis = self.axis_of(int(vector.reshape(-1)[0]))
-        if axis is not None:
+        if axis is not None and self.elements[axis.name] == weight.numel():
             self.uses.append(WeightUse(axis.name, macs / self.batch))
 
     def along(self, dyes: Dyes, dim: int) -> Tensor | None:
@@ -295,10 +326,19 @@ def gated(call: Call) -> list[Dyes]:
     return [merged(call.ledger, pairs, call.out.shape)]
 
 
-@rule("_softmax", "_log_softmax", "cumsum", "logcumsumexp", "softmax", "log_softmax")
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def same_shape(call: Call) -> list[Dyes]:
-    """Ops along one dim that keep the shape: everybody keeps the label."""
+    """Ops along one dim that keep the shape and treat all its positions alike: everybody keeps the label."""
     return [call.dyes_of(call["self"])]
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+def cumulative(call: Call) -> list[Dyes]:
+    """Running sums and the like: along channels each one depends on its place among the others, so they are frozen."""
+    dyes, dim = call.dyes_of(call["self"]), call["dim"] % max(call["self"].dim(), 1)
+    tangled = tuple(dye for dye in dyes if dim in lies_along(dye))
+    call.ledger.freeze(tangled, f"{call.name} runs along channels{call.ledger.where()}")
+    return [dyes for _ in outputs(call.out)]
 
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
@@ -315,7 +355,59 @@ def nameless(call: Call) -> list[Dyes]:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
 def reshape(call: Call) -> list[Dyes]:
     """Reshapes: labels are reshaped alike, so that flatten, shuffle and split of a dim are exact."""
-    return [_moved(call.dyes_of(call["self"]), lambda dye: dye.reshape(call.out.shape))]
+    dyes = call.dyes_of(call["self"])
+    moved = [(lies_along(dye), tidy(_reshaped(dye, call.out.shape))) for dye in dyes]
+    return [_untangled(call, [(dims, dye) for dims, dye in moved if dye is not None])]
+
+
+def _reshaped(dye: Tensor, shape: Sequence[int]) -> Tensor:
+    """The dye in another shape; only those blocks of dims in which it varies take memory."""
+    if dye.numel() == 0:
+        return dye.reshape(shape)
+    lying, target = lies_along(dye), list(shape)
+    for before, after in _blocks(dye.shape, shape):
+        if not lying & set(before):
+            for d in before:
+                dye = dye.narrow(d, 0, 1)
+            for d in after:
+                target[d] = 1
+    return dye.reshape(target).expand(tuple(shape))
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """The smallest runs of dims that a reshape maps onto each other: equal products, nothing crosses."""
+    i = j = 0
+    while i < len(old) and j < len(new):
+        first_i, first_j = i, j
+        left, right = old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        yield range(first_i, i), range(first_j, j)
+    yield range(i, len(old)), range(j, len(new))  # what is left has size 1
+
+
+def _untangled(call: Call, moved: list[tuple[frozenset[int], Tensor]]) -> Dyes:
+    """The dyes after a reshape. Where it folds dims of several dyes into one, a position has a label of each.
+
+    The label of a channel is kept, that of a token or of a kernel window, which is none, is dropped. Two channels in
+    one position are frozen. `moved` holds for each dye the dims in which it lay before, and the dye after.
+    """
+    tangled = [
+        any(not (dims & others) and lies_along(dye) & lies_along(other) for others, other in moved)
+        for dims, dye in moved
+    ]
+    if not any(tangled):
+        return tuple(dye for _, dye in moved)
+    ranks = [call.ledger.rank(dye) if knot else -1 for (_, dye), knot in zip(moved, tangled, strict=True)]
+    best = [i for i, rank in enumerate(ranks) if rank == max(ranks)]
+    if len(best) > 1 and max(ranks) > 0:
+        reason = f"{call.name} folds channels of two kinds into one dim{call.ledger.where()}"
+        call.ledger.freeze(tuple(moved[i][1] for i in best), reason)
+    return tuple(dye for i, (_, dye) in enumerate(moved) if not tangled[i] or i in best)
 
 
 @rule("permute", "transpose", "t", "slice", "select", "narrow", "expand", "squeeze", "unsqueeze", "squeeze_",
@@ -342,9 +434,37 @@ def move_apart(call: Call) -> list[Dyes]:
     return [tuple(part) for part in parts]
 
 
+@rule("index_select", "index")
+def indexed(call: Call) -> list[Dyes]:
+    """Positions of one dim, chosen by an index: exact where it is a constant that is known here, else frozen."""
+    places = [(d, i) for d, i in enumerate(call.args.get("indices", ())) if i is not None]
+    dim, index = (call["dim"], call["index"]) if "index" in call.args else places[0]
+    if len(places) > 1 or index.dim() != 1:
+        return _frozen_by(call, "several dims are indexed at once")
+    dim, length = dim % max(call["self"].dim(), 1), call["self"].size(dim)
+    known = not index.is_meta and not call.dyes_of(index)
+    if known:
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.cpu()
+        index = torch.where(index < 0, index + length, index)
+    reason = f"{call.name}: which channels are chosen is not known{call.ledger.where()}"
+    result: list[Tensor] = []
+    for dye in call.dyes_of(call["self"]):
+        if dim not in lies_along(dye):
+            result.append(dye.narrow(dim, 0, 1).expand(call.out.shape))
+        elif known:
+            result.extend(_moved((shrunk(dye).index_select(dim, index),), lambda dye: dye.expand(call.out.shape)))
+        else:
+            call.ledger.freeze((dye,), reason)
+            result.append(spread(call.ledger.mark(reason, call.out.size(dim)), call.out.shape, dim))
+    return [tuple(result)]
+
+
 @rule("cat", "concatenate", "stack")
 def join(call: Call) -> list[Dyes]:
-    """Concatenation: the labels are concatenated, what lies along the same dims with its like."""
+    """Concatenation: the labels are concatenated, what lies along the same dims with its like.
+
+    Along another dim than that of the channels, the channels of all operands must remain as many: they are united.
+    """
     dim = call.args.get("dim", 0) % call.out.dim()
     stacked = call.name == "aten.stack"
     tensors = [t for t in call["tensors"] if stacked or t.dim() == call.out.dim()]  # cat skips empty 1-D tensors
@@ -352,10 +472,16 @@ def join(call: Call) -> list[Dyes]:
     for i, tensor in enumerate(tensors):
         for dye in call.dyes_of(tensor):
             dims = lies_along(dye) - (set() if stacked else {dim})
-            fill = by_dims.setdefault(dims, [torch.tensor(NEUTRAL).expand(t.shape) for t in tensors])
+            if dims not in by_dims:
+                by_dims[dims] = [_NOBODY.expand(t.shape) for t in tensors]
+            fill = by_dims[dims]
             fill[i] = dye if lies_along(fill[i]) < lies_along(dye) else _join(call.ledger, fill[i], dye)
     result: list[Tensor] = []
     for dims, fill in by_dims.items():
+        if not stacked and dims and not any(dim in lies_along(dye) for dye in fill):
+            across = [dye.narrow(dim, 0, 1) for dye in fill if dye.size(dim)]
+            result.append(functools.reduce(functools.partial(_join, call.ledger), across).expand(call.out.shape))
+            continue
         for d in set(range(fill[0].dim())) - dims - (set() if stacked else {dim}):
             fill = [dye.narrow(d, 0, 1) for dye in fill]
         joined = torch.stack(fill, dim) if stacked else torch.cat(fill, dim)
@@ -422,10 +548,13 @@ def _functional(op: Any) -> Any:
       "_upsample_nearest_exact1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_linear1d",
       "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d",
       "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d",
-      "grid_sampler_3d")  # fmt: skip
+      "grid_sampler_3d", "_upsample_nearest_exact3d", "fractional_max_pool2d", "fractional_max_pool3d", "max_unpool2d",
+      "max_unpool3d")  # fmt: skip
 def spatial(call: Call) -> list[Dyes]:
     """Ops that change the trailing, spatial dims only: channels keep their labels."""
     source = call["self"] if "self" in call.args else call["input"]
+    if isinstance(grid := call.args.get("grid"), Tensor):
+        call.ledger.freeze(call.dyes_of(grid), f"{call.name}: these are coordinates{call.ledger.where()}")
     spots = [out.shape for out in outputs(call.out)]
     changed = {d for d in range(source.dim()) if source.size(d) != spots[0][d]} | set(range(2, source.dim()))
     if source.dim() == 3 and len(spots[0]) == 3 and call.name.endswith("2d"):
@@ -527,74 +656,182 @@ def convolution(call: Call) -> list[Dyes]:
     image = call["input"] if "input" in call.args else call["self"]
     reads, writes = call.labels("weight", 0 if transposed else 1), call.labels("weight", 1 if transposed else 0)
     channel_dim = image.dim() - (call["weight"].dim() - 1)
+    kept = _beside(call, image, channel_dim)
     channel = call.ledger.along(call.dyes_of(image), channel_dim)
-    if reads is None or writes is None:
+    if groups == 1 and (reads is None or writes is None):
         return _frozen_by(call, "the weight is no parameter")
-    pixels = math.prod((image if transposed else call.out).shape[channel_dim + 1 :])
-    call.ledger.use(writes, pixels * (image.size(0) if channel_dim else 1))
+    if writes is not None:
+        pixels = math.prod((image if transposed else call.out).shape[channel_dim + 1 :])
+        call.ledger.use(call["weight"], writes, pixels * (image.size(0) if channel_dim else 1))
     if groups == 1:
-        if channel is not None:
-            call.ledger.unite(channel, reads)
-        call.ledger.play(reads, "read")
-        call.ledger.play(writes, "write")
+        _mixed(call, channel, reads, writes)
         result = writes
     else:
         result = _grouped(call, channel, groups, reads if transposed else writes, call.out.size(channel_dim))
     bias = call.labels("bias", 0)
-    if bias is not None:
+    if bias is not None and result is not None:
         call.ledger.unite(result, bias)
         call.ledger.play(bias, "carry")
-    return [(spread(result, call.out.shape, channel_dim),)]
+    fresh = () if result is None else (spread(result, call.out.shape, channel_dim),)
+    return [(*fresh, *(dye.expand(call.out.shape) for dye in kept))]
 
 
-def _grouped(call: Call, channel: Tensor | None, groups: int, first: Tensor, width: int) -> Tensor:
+def _beside(call: Call, image: Tensor, channel_dim: int) -> Dyes:
+    """What of an image's labels a convolution keeps: those along the batch. Those along pixels are frozen."""
+    kept = []
+    for dye in call.dyes_of(image):
+        lying = lies_along(dye)
+        if any(d > channel_dim for d in lying):
+            call.ledger.freeze((dye,), f"{call.name} slides along channels{call.ledger.where()}")
+        if lying == {0} and channel_dim:
+            kept.append(shrunk(dye))
+    return tuple(kept)
+
+
+def _mixed(call: Call, channel: Tensor | None, reads: Tensor | None, writes: Tensor | None) -> None:
+    """Every output of a layer depends on every input: two axes of the weight, two kinds of channels."""
+    if reads is not None:
+        if channel is not None:
+            call.ledger.unite(channel, reads)
+        call.ledger.play(reads, "read")
+    if writes is not None:
+        call.ledger.play(writes, "write")
+
+
+def _grouped(call: Call, channel: Tensor | None, groups: int, first: Tensor | None, width: int) -> Tensor | None:
     """Grouped convolutions: a whole conv-group, in and out, is one channel. Returns the labels of the output.
 
     `first` (n,) are the slots of the weight's first dim; they are carried, whichever side of the layer they are on.
+    A kernel that is the same for all channels, such as a blur, has none.
     """
-    rows = first.view(groups, -1)
-    call.ledger.unite(rows[:, :1], rows)
-    if channel is not None:
-        call.ledger.unite(rows[:, :1], channel.view(groups, -1))
-    call.ledger.play(first, "carry")
-    return rows[:, 0].repeat_interleave(width // groups)
+    sides = [side.view(groups, -1) for side in (first, channel) if side is not None]
+    for side in sides:
+        call.ledger.unite(sides[0][:, :1], side)
+    if first is not None:
+        call.ledger.play(first, "carry")
+    return sides[0][:, 0].repeat_interleave(width // groups) if sides else None
 
 
-@rule("mm", "addmm")
+_FACTORS = {"aten.mm": ("self", "mat2"), "aten.addmm": ("mat1", "mat2"), "aten.bmm": ("self", "mat2"),
+            "aten.baddbmm": ("batch1", "batch2")}  # fmt: skip
+
+
+@rule("mm", "addmm", "bmm", "baddbmm")
 def matmul(call: Call) -> list[Dyes]:
-    """Linear layers arrive as input @ weight.t(): the summed dim reads, the other one writes."""
-    right, left = ("mat2", "mat1") if "mat1" in call.args else ("mat2", "self")
-    channel, reads, writes = call.labels(left, 1), call.labels(right, 0), call.labels(right, 1)
-    if writes is None or reads is None:
-        return _frozen_by(call, "no operand is a parameter") if _labelled(call) else [()]
-    return _linear(call, call[left], channel, reads, writes, call.labels("self", 0) if "mat1" in call.args else None)
+    """Linear layers arrive as input @ weight.t(): the summed dim reads, the other one writes.
+
+    Of a product of two activations the rows and columns keep their labels; the dim that is summed over is frozen.
+    """
+    left, right = (call[name] for name in _FACTORS[call.name])
+    bias = call.labels("self", -1) if call.name in ("aten.addmm", "aten.baddbmm") else None
+    if _is_matrix(call, right):
+        return _linear(call, left, -1, (right, -2, -1), bias)
+    if _is_matrix(call, left):
+        return _linear(call, right, -2, (left, -1, -2), bias)
+    if bias is not None:
+        return _frozen_by(call, "no operand is a parameter")
+    kept: list[Dyes] = []
+    for factor, summed in ((left, -1), (right, -2)):
+        dyes = call.dyes_of(factor)
+        lost = tuple(dye for dye in dyes if summed % factor.dim() in lies_along(dye))
+        call.ledger.freeze(lost, f"{call.name} sums over channels of two activations{call.ledger.where()}")
+        kept.append(_rows(dyes, summed))
+    return [merged(call.ledger, kept, call.out.shape)]
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+      "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")  # fmt: skip
+def attention(call: Call) -> list[Dyes]:
+    """Attention that arrives whole: queries and keys are summed over and frozen, values keep their channels."""
+    kept: list[Dyes] = []
+    for name, summed in (("query", (-1,)), ("key", (-1, -2)), ("value", (-2,))):
+        dyes = call.dyes_of(call[name])
+        lost = tuple(dye for dye in dyes if any(d % dye.dim() in lies_along(dye) for d in summed))
+        call.ledger.freeze(lost, f"{call.name} sums over channels of two activations{call.ledger.where()}")
+        for d in summed:
+            dyes = _rows(dyes, d)
+        kept.append(dyes)
+    out, *others = outputs(call.out)
+    return [merged(call.ledger, kept, out.shape), *(() for _ in others)]
 
 
 @rule("linear")
 def linear(call: Call) -> list[Dyes]:
     """Linear layers that arrive whole."""
-    reads, writes = call.labels("weight", 1), call.labels("weight", 0)
-    if writes is None or reads is None:
+    if not _is_matrix(call, call["weight"]):
         return _frozen_by(call, "the weight is no parameter")
-    return _linear(call, call["input"], call.labels("input", -1), reads, writes, call.labels("bias", 0))
+    return _linear(call, call["input"], -1, (call["weight"], 1, 0), call.labels("bias", 0))
 
 
-def _labelled(call: Call) -> bool:
-    return any(call.dyes_of(t) for t in call.tensors())
+def _is_matrix(call: Call, factor: Tensor) -> bool:
+    """Whether a factor is one weight, the same for the whole batch: with labels on both of its dims."""
+    if factor.dim() > 2 and factor.size(0) > 1 and factor.stride(0) != 0:
+        return False
+    dyes = call.dyes_of(factor)
+    return all(call.ledger.along(dyes, d) is not None for d in (-1, -2))
 
 
-def _linear(
-    call: Call, image: Tensor, channel: Tensor | None, reads: Tensor, writes: Tensor, bias: Tensor | None
-) -> list[Dyes]:
-    call.ledger.use(writes, image.numel() // max(image.size(-1), 1))
-    if channel is not None:
-        call.ledger.unite(channel, reads)
-    call.ledger.play(reads, "read")
-    call.ledger.play(writes, "write")
+def _rows(dyes: Dyes, summed: int) -> Dyes:
+    """What is left of a factor's dyes when one of its dims is summed over: those that lie along the other ones."""
+    left = (dye.narrow(summed, 0, 1) for dye in dyes)
+    return tuple(dye for dye in left if lies_along(dye))
+
+
+def _linear(call: Call, image: Tensor, summed: int, weight: tuple[Tensor, int, int], bias: Tensor | None) -> list[Dyes]:
+    """A linear layer that sums over one dim of the image: `weight` is the matrix, its reading and its writing dim."""
+    matrix, reading, writing = weight
+    dyes, matrix_dyes = call.dyes_of(image), call.dyes_of(matrix)
+    reads, writes = call.ledger.along(matrix_dyes, reading), call.ledger.along(matrix_dyes, writing)
+    assert reads is not None and writes is not None
+    call.ledger.use(matrix[0] if matrix.dim() > 2 else matrix, writes, image.numel() // max(image.size(summed), 1))
+    _mixed(call, call.ledger.along(dyes, summed), reads, writes)
     if bias is not None:
         call.ledger.unite(writes, bias)
         call.ledger.play(bias, "carry")
-    return [(spread(writes, call.out.shape, call.out.dim() - 1),)]
+    fresh = spread(writes, call.out.shape, call.out.dim() + summed)
+    return [merged(call.ledger, [(fresh,), _rows(dyes, summed)], call.out.shape)]
+
+
+@rule("mv")
+def matrix_vector(call: Call) -> list[Dyes]:
+    """A matrix times a vector: what is summed over is one kind of channel, the rows keep their labels."""
+    summed, vector = call.labels("self", 1), call.labels("vec", 0)
+    if summed is not None and vector is not None:
+        call.ledger.unite(summed, vector)
+    return [_moved(_rows(call.dyes_of(call["self"]), 1), lambda dye: dye.select(1, 0).expand(call.out.shape))]
+
+
+@rule("dot", "vdot")
+def inner(call: Call) -> list[Dyes]:
+    """An inner product: its two vectors have the same channels, the result has none."""
+    a, b = call.labels("self", 0), call.labels("other" if "other" in call.args else "tensor", 0)
+    if a is not None and b is not None:
+        call.ledger.unite(a, b)
+    return [()]
+
+
+@rule("im2col")
+def windows(call: Call) -> list[Dyes]:
+    """Sliding windows: each channel becomes as many neighbouring rows as the window has pixels."""
+    image, pixels = call["self"], math.prod(call["kernel_size"])
+    at = image.dim() - 3
+    _beside(call, image, at)
+    channel = call.ledger.along(call.dyes_of(image), at)
+    return [() if channel is None else (spread(channel.repeat_interleave(pixels), call.out.shape, at),)]
+
+
+@rule("col2im")
+def folded(call: Call) -> list[Dyes]:
+    """Sliding windows put back: the rows of a window are one channel."""
+    at = call["self"].dim() - 2
+    _beside(call, call["self"], at)
+    rows = call.labels("self", at)
+    if rows is None:
+        return [()]
+    rows = rows.view(-1, math.prod(call["kernel_size"]))
+    call.ledger.unite(rows[:, :1], rows)
+    return [(spread(rows[:, 0], call.out.shape, at),)]
 
 
 @rule("embedding")

@@ -404,11 +404,9 @@ class _TensorChange:
     @classmethod
     def of(cls, target: Tensor, new: Tensor, edits: _Edits) -> _TensorChange:
         lost = []
-        for place, edit in enumerate(edits):
-            part = _select(target.detach(), edit.dim, edit.removed(target.shape[edit.dim]))
-            for earlier in edits[:place]:  # what these removed is in their own slices
-                part = _select(part, earlier.dim, earlier.kept)
-            lost.append(part)
+        for place, edit in enumerate(edits):  # what the edits before this one removed is in their own slices
+            earlier = [(other.dim, other.kept) for other in edits[:place]]
+            lost.append(_take(target.detach(), [*earlier, (edit.dim, edit.removed(target.shape[edit.dim]))]))
         grad = target.grad if target.is_leaf else None
         return cls(target=target, new=new, edits=edits, lost=tuple(lost), stride=target.stride(), grad=grad)
 
@@ -472,8 +470,25 @@ def _set_data(target: Tensor, data: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ contents of tensors
 
 
+_BLOCK = 1 << 22
+"""Elements above which no further copy of a tensor is made: it may be most of the network."""
+
+
 def _select(tensor: Tensor, dim: int, positions: np.ndarray) -> Tensor:
     return tensor.index_select(dim, _index(positions, tensor))
+
+
+def _take(tensor: Tensor, choices: Sequence[tuple[int, np.ndarray]]) -> Tensor:
+    """A copy of the tensor with these positions of these dims, which rise; of a large one without copies in between."""
+    dims = [dim for dim, _ in choices]
+    adjacent = len(dims) > 1 and dims == list(range(dims[0], dims[0] + len(dims)))
+    if tensor.numel() <= _BLOCK or not adjacent:
+        for dim, positions in choices:
+            tensor = _select(tensor, dim, positions)
+        return tensor
+    grid = np.ix_(*(positions for _, positions in choices))
+    where = [_index(positions, tensor) for positions in grid]
+    return tensor[(slice(None),) * dims[0] + tuple(where)]
 
 
 def _index(positions: np.ndarray, tensor: Tensor) -> Tensor:
@@ -488,7 +503,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _resized_content(tensor: Tensor, edits: _Edits, fills: Sequence[Fill], generator: torch.Generator | None) -> Tensor:
     """The tensor after the edits, fresh positions filled axis by axis; where two axes are fresh, zero wins."""
     old = tensor.detach()
-    new = _gathered(old, edits)
+    new = _gathered(old, edits, fills)
     for edit, fill in sorted(zip(edits, fills, strict=True), key=lambda pair: pair[1] == "zero"):
         if not edit.fresh.size or fill == "mean":
             continue
@@ -509,14 +524,17 @@ def _resized_shape(tensor: Tensor, edits: _Edits) -> Tensor:
     return _formatted(tensor.detach().new_empty(shape), tensor)
 
 
-def _gathered(tensor: Tensor, edits: _Edits) -> Tensor:
-    """The tensor after the edits, fresh positions filled with the mean of the surviving ones along their axis.
+def _gathered(tensor: Tensor, edits: _Edits, fills: Sequence[Fill] = ()) -> Tensor:
+    """The tensor after the edits. With the fill "mean" fresh positions hold the mean of the survivors of their axis.
 
-    Where no position of an axis survives, the mean is that of the old ones.
+    Elsewhere they hold anything, for the caller to overwrite: a mean takes a copy of the survivors. Where no position
+    of an axis survives, the mean is that of the old ones.
     """
-    for edit in edits:
+    if "mean" not in fills:
+        return _take(tensor, [(edit.dim, np.maximum(edit.source, 0)) for edit in edits])
+    for edit, fill in zip(edits, fills, strict=True):
         moved = _select(tensor, edit.dim, np.maximum(edit.source, 0))
-        if edit.fresh.size:
+        if fill == "mean" and edit.fresh.size:
             siblings = edit.kept if edit.kept.size else np.arange(tensor.shape[edit.dim])
             mean = _wide(_select(tensor, edit.dim, siblings)).mean(edit.dim, keepdim=True).to(tensor.dtype)
             repeated = mean.expand([edit.fresh.size if d == edit.dim else n for d, n in enumerate(mean.shape)])
@@ -545,10 +563,24 @@ def _draw(shape: Sequence[int], like: Tensor, generator: torch.Generator | None)
 
 def _spread(old: Tensor, edits: _Edits) -> Tensor:
     """The standard deviation of the surviving elements, of all old ones if none survives; a scalar tensor."""
-    survivors = old
-    for edit in edits:
-        survivors = _select(survivors, edit.dim, edit.kept)
-    return _wide(survivors if survivors.numel() else old).std(correction=0)
+    lead, *others = edits
+    if not all(edit.kept.size for edit in edits):
+        return _wide(old).std(correction=0)
+    blocks = np.array_split(lead.kept, min(lead.kept.size, 1 + old.numel() // _BLOCK))
+    counts, means, variances = [], [], []
+    for block in blocks:
+        survivors = _select(old, lead.dim, block)
+        for edit in others:
+            survivors = _select(survivors, edit.dim, edit.kept)
+        if len(blocks) == 1:
+            return _wide(survivors).std(correction=0)
+        variance, mean = torch.var_mean(_wide(survivors), correction=0)
+        counts.append(survivors.numel())
+        means.append(mean)
+        variances.append(variance)
+    mean, variance = torch.stack(means), torch.stack(variances)
+    weights = torch.tensor(counts).to(mean) / sum(counts)
+    return (weights * (variance + (mean - (weights * mean).sum()).square())).sum().sqrt()
 
 
 def _formatted(new: Tensor, old: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def _looked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     found = _Studio(make, make(), *on_meta).first_look()
     if isinstance(found, Exception):
         note = "the forward pass depends on values: only the branch taken by the example inputs was followed"
-        make = partial(copy.deepcopy, model)
+        make = partial(_copied, model)
         found = _Studio(make, make(), args, kwargs, notes=(note,)).first_look()
     if isinstance(found, Exception):
         shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -146,7 +146,18 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+    return _copied(model, memo)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy. Raises TraceError where torch cannot make one."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({_told(error)}): where hooks compute weights, use "
+            "torch.nn.utils.parametrizations (weight_norm, spectral_norm) instead, and keep no results as attributes"
+        ) from error
 
 
 def _arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -245,6 +256,7 @@ class _Dyer(TorchDispatchMode):
         first, uses = not self._script, list(self.ledger.uses)
         self._repeats = None if first else iter(self._script)
         with torch.no_grad(), self:
+            args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a model may write into its inputs
             result = model(*args, **kwargs)
         for tensor in _found(result):
             self.ledger.freeze(self._dyes.get(tensor, ()), "model output")
@@ -529,9 +541,11 @@ def _failing(
     """
     together = {g.name: _exchange(g, 1 + 2 * (i % 16)) for i, g in enumerate(groups)}
     removal = {g.name: IndexMap.removing([0], g.width) for g in groups if g.width > 2}
-    insertion = {g.name: IndexMap.identity(g.width).inserting(1) for g in groups}
-    trials = {"resizing": together} if len(groups) > 1 else {"removing": removal, "inserting": insertion}
-    results = ((act, *_trial(studio, channel_map, plan, scratches)) for act, plan in trials.items())
+    trials = [("resizing", together)]
+    if len(groups) == 1:  # three as well as one, for `chunk` into halves of n + 1 and n channels forgives one
+        gains = [{g.name: IndexMap.identity(g.width).inserting(n) for g in groups} for n in (1, 3)]
+        trials = [("removing", removal), *(("inserting", gain) for gain in gains)]
+    results = ((act, *_trial(studio, channel_map, plan, scratches)) for act, plan in trials)
     act, broken, trouble = next((result for result in results if result[2]), ("", [], ""))
     if not trouble:
         return {}
