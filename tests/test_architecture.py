@@ -37,6 +37,8 @@ FLOORS = {
     "lab.__init__": 4,
     "lab.models": 4,
     "lab.data": 4,
+    "lab.baselines.axes": 4.05,
+    "lab.baselines.calls": 4.06,
     "lab.baselines.*": 4.1,
     "lab.baselines.__init__": 4.2,
     "lab.train": 4.3,

@@ -1,4 +1,4 @@
-"""The command line: train, inspect."""
+"""The command line: train, inspect, bench."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from autowidth.checkpoint import CheckpointError
 from autowidth.cost import count_macs, macs_cost, params_cost
 from autowidth.engine import ForeignOptimizerError, NothingToResizeError
 from autowidth.history import Event, HistoryError
+from autowidth.lab import bench as benches
 from autowidth.lab import train as training
 from autowidth.lab.data import DataError, UnknownDataError
 from autowidth.lab.models import UnknownModelError, resolve, spec
@@ -44,6 +45,9 @@ MISTAKES = (
     training.DeviceError,
     training.ModelError,
     training.FolderError,
+    benches.UnknownSuiteError,
+    benches.BenchError,
+    benches.UnitError,
     FloatingPointError,
     UnknownModelError,
     UnknownDataError,
@@ -86,12 +90,15 @@ def about() -> None:
 
 
 @contextmanager
-def door(*, debug: bool) -> Iterator[None]:
-    """Turns a user's mistake into one sentence on stderr and exit code 2; with `debug`, lets the traceback out."""
+def door(*, debug: bool, interrupted: str = "nothing was written") -> Iterator[None]:
+    """Turns a user's mistake into one sentence on stderr and exit code 2; with `debug`, lets the traceback out.
+
+    `interrupted` says what is left where the user breaks off.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+        _fail(f"interrupted; {interrupted}", 130)
     except BrokenPipeError:  # whoever read the output has gone, as in `| head`; typer ends quietly
         raise
     except MISTAKES as error:
@@ -463,6 +470,68 @@ def _totals(book: Mapping[str, Any]) -> str:
         f"{book['params']:,} parameters, {channels:,} channels in {len(book['groups'])} channel groups, "
         f"{len(book['frozen'])} frozen axes"
     )
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+BENCH_EXAMPLES = """[bold]Examples[/bold]
+
+criteria against true ablation on the digits, two networks:
+  autowidth bench fidelity
+on CIFAR-10, three networks, three seeds:
+  autowidth bench fidelity --data cifar10:cifar --seeds 0-2
+a quick look:
+  autowidth bench fidelity --models resnet8 --epochs 2 --out look
+
+[bold]Suites[/bold]
+
+fidelity: how well ours and the published criteria predict, at 10, 30,
+60 and 100 % of a training run, what a filter is worth, measured by
+taking filters away on images that nobody has seen.
+
+A unit (one network, one seed) is one JSON file. A suite that was broken
+off, at any point, goes on with the same command.
+"""
+
+
+@app.command(epilog=BENCH_EXAMPLES)
+def bench(
+    suite: Annotated[str, typer.Argument(help=f"what to measure: {', '.join(benches.SUITES)}")],
+    out: Annotated[Path, typer.Option(help="folder of the results; what is there is not run again")] = Path("results"),
+    data: Annotated[str | None, typer.Option(help="digits or cifar10:PATH; default digits")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="networks, as in resnet20,vgg8; default: what the suite has for these data")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="as in 0,1,2 or 0-2")] = "0",
+    epochs: Annotated[int | None, typer.Option(help="epochs of a training run; default: the suite's own")] = None,
+    processes: Annotated[int, typer.Option(help="units at a time, one CPU thread each")] = 2,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Run a suite of measurements, or what is left of it, and print its tables."""
+    with door(debug=debug, interrupted="finished units are kept, the same command goes on"):
+        names = tuple(filter(None, (models or "").split(",")))
+        wanted = benches.find_suite(suite, data=data, models=names, seeds=read_seeds(seeds), epochs=epochs)
+        records = benches.bench(wanted, out, processes=processes, report=_tell_standing)
+        typer.echo(wanted.table(records))
+        typer.echo(f"written to {out / wanted.name}.json and {out / wanted.name}.md")
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """The seeds in a text such as 0,3,5 or 0-2, each once. Raises UsageError."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + 1000:
+            raise UsageError(f"--seeds {text!r} names no seeds: give numbers, such as 0,1,2 or 0-2")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return tuple(seeds)
+
+
+def _tell_standing(standing: benches.Standing) -> None:
+    how = "was there" if standing.seconds is None else f"took {standing.seconds:.0f} s"
+    typer.echo(f"{standing.unit} {how}, {standing.done} of {standing.total} done", err=True)
 
 
 def _short(number: float) -> str:

@@ -40,7 +40,7 @@ from autowidth.channels import ChannelMap, ParamAxis, ResizePlan
 from autowidth.cost import macs_cost
 from autowidth.history import Event, Fidelity, History
 from autowidth.policy import Books, Decision, Policy, Situation, shrunk
-from autowidth.probe import Loss, probe
+from autowidth.probe import Loss, effective_weights, probe
 from autowidth.profit import Peers, combined, folded, parts, peers
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
@@ -207,7 +207,7 @@ class AutoWidth:
             scoring, held_out = self._batches()
             with settled_norms(self.model, scoring, among=trained):
                 sums = probe(self.model, self.channel_map, scoring, self._loss_fn)
-                known = peers(sums, self.channel_map, _effective_weights(self.model))
+                known = peers(sums, self.channel_map, effective_weights(self.model))
                 features = parts(sums, self.channel_map, known)
                 clock.lap("probe")
                 fold = partial(folded, channel_map=self.channel_map, known=known, weights=_tensors(self.model))
@@ -459,12 +459,3 @@ def _span(worth: np.ndarray) -> tuple[float, float, float]:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _effective_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name; behind a parametrization, the weight that the layer really uses."""
-    weights: dict[str, Tensor] = dict(model.named_buffers())
-    for name, parameter in model.named_parameters():
-        owner, found, leaf = name.partition(".parametrizations.")
-        weights[name] = getattr(model.get_submodule(owner), leaf.split(".")[0]) if found else parameter
-    return weights

@@ -7,7 +7,7 @@ layers) while it lasts, so ordinary training steps stay as they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -96,15 +96,18 @@ def _effective(model: nn.Module, channel_map: ChannelMap) -> Iterator[dict[Param
     Parametrized weights are computed once and held while the context lasts, so that their ids are known.
     """
     axes = {place.axis for group in channel_map.groups for place in group.with_role("read")}
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with ExitStack() as stack:
-        stack.enter_context(parametrize.cached())
-        known = {}
-        for axis in axes:
-            owner, found, leaf = axis.name.partition(".parametrizations.")
-            weight = getattr(model.get_submodule(owner), leaf.split(".")[0]) if found else tensors[axis.name]
-            known[axis] = weight
-        yield known
+    with parametrize.cached():
+        weights = effective_weights(model)
+        yield {axis: weights[axis.name] for axis in axes}
+
+
+def effective_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; behind a parametrization, the weight that the layer really uses."""
+    weights: dict[str, Tensor] = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        owner, found, leaf = name.partition(".parametrizations.")
+        weights[name] = getattr(model.get_submodule(owner), leaf.split(".")[0]) if found else parameter
+    return weights
 
 
 class _Watch(TorchFunctionMode):

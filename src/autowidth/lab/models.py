@@ -443,6 +443,7 @@ MODELS: Mapping[str, ModelSpec] = {
     **{f"resnet{depth}-padding": _resnet_spec(depth, "padding") for depth in (20, 32, 56, 110)},
     "vgg8": ModelSpec(builder=partial(VGG, VGG8), smallest=8),
     "vgg16": ModelSpec(builder=partial(VGG, VGG16), smallest=16),
+    "densenet22": ModelSpec(builder=partial(DenseNet, 22), smallest=4),
     "densenet40": ModelSpec(builder=partial(DenseNet, 40), smallest=4),
     "googlenet": ModelSpec(builder=GoogLeNet, smallest=4),
     "mobilenetv2": ModelSpec(builder=MobileNetV2, smallest=8),

@@ -1,0 +1,71 @@
+"""Linear dependency of feature maps (Pan, Chao, Qian, Zhuang, Wang, Xiao 2021, LDFM, ICASSP, pages 1720-1724)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autowidth.channels import ChannelMap, ParamAxis, Place
+from autowidth.lab.baselines.axes import empty
+from autowidth.lab.baselines.calls import watched
+from autowidth.probe import Loss, effective_weights
+
+
+def worth(
+    model: nn.Module,
+    channel_map: ChannelMap,
+    batches: Sequence[tuple[Any, Any]],
+    loss_fn: Loss,
+    *,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """|R_ii| of a channel in the QR decomposition with column pivoting of all maps of its layer, (width,) by group.
+
+    No unit: it is as large as the activations are, and layers differ in that; of the paper only the abstract is known
+    to us, which ranks within a layer. Its matrix has one column per channel and one row per image and position. A
+    layer is here what one reader gets (before global pooling or flattening, if it gets maps pooled), maps are not
+    centred, and where several layers read a channel, their numbers are averaged.
+    """
+    readers: dict[ParamAxis, list[tuple[str, Place]]] = {}
+    for group in channel_map.groups:
+        for place in group.with_role("read"):
+            readers.setdefault(place.axis, []).append((group.name, place))
+    grams: dict[ParamAxis, Tensor] = {}
+    with torch.no_grad():
+        for inputs, _ in batches:
+            _, calls = watched(model, lambda x=inputs: model(x))  # type: ignore[misc]
+            for axis, on_axis in readers.items():
+                for call in calls:
+                    if call.weight == axis.name:
+                        maps = torch.cat([call.maps(place).flatten(2) for _, place in on_axis], dim=1)
+                        columns = maps.transpose(0, 1).flatten(1).double()
+                        grams[axis] = grams.get(axis, 0) + columns @ columns.T
+    weights = effective_weights(model)
+    worths = {group.name: empty(group, weights) for group in channel_map.groups}
+    for axis, gram in grams.items():
+        sizes = [len(place.index) for _, place in readers[axis]]
+        for (name, _), part in zip(readers[axis], pivots(gram).split(sizes), strict=True):
+            seen = sum(place.axis in grams for place in channel_map.group(name).with_role("read"))
+            worths[name] += part.float() / seen
+    return worths
+
+
+def pivots(gram: Tensor) -> Tensor:
+    """|R_ii| of each column of X in its QR decomposition with column pivoting, (c,), from X'X (c, c).
+
+    The pivoted Cholesky factor of X'X is R up to signs: the column with the largest rest is taken, its direction is
+    removed from all others, and so on.
+    """
+    rest, found = gram.clone(), torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+    left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    for _ in range(len(gram)):
+        pivot = int(torch.where(left, rest.diagonal(), -torch.inf).argmax())
+        left[pivot] = False
+        size = rest[pivot, pivot].clamp_min(0)
+        found[pivot] = size.sqrt()
+        if size > 0:
+            rest = rest - torch.outer(rest[:, pivot], rest[pivot]) / size
+    return found

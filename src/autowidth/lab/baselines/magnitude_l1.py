@@ -1,0 +1,29 @@
+"""L1 norm of a filter (Li, Kadav, Durdanovic, Samet, Graf 2017, Pruning Filters for Efficient ConvNets, 1608.08710)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autowidth.channels import ChannelMap
+from autowidth.lab.baselines.axes import sum_over_writers
+from autowidth.probe import Loss, effective_weights
+
+
+def worth(
+    model: nn.Module,
+    channel_map: ChannelMap,
+    batches: Sequence[tuple[Any, Any]],
+    loss_fn: Loss,
+    *,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The sum of absolute weights of every filter, (width,) by channel group; no unit. Data are not looked at.
+
+    The paper ranks within a layer and prunes both ends of a residual stream by the shortcut's filters; here the norms
+    of all filters that write a channel are added. Biases and norms do not count.
+    """
+    return sum_over_writers(channel_map, effective_weights(model), lambda filters: filters.abs().sum(1))

@@ -1,0 +1,689 @@
+"""Suites of measurements: what is finished stays, figures are what they say, the fidelity suite tells the truth."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from autowidth import cli
+from autowidth.audit import mean_loss, standing_in
+from autowidth.channels import IndexMap
+from autowidth.engine import AutoWidth, quiet, settled_norms
+from autowidth.lab import bench as benches
+from autowidth.lab.baselines import CRITERIA
+from autowidth.lab.bench import (
+    BLOCKS,
+    LEAST,
+    OURS,
+    SHARES,
+    TRUTHS,
+    BenchError,
+    Look,
+    Outcome,
+    Standing,
+    Suite,
+    Unit,
+    UnitError,
+    UnknownSuiteError,
+    bench,
+    ceiling,
+    fidelity,
+    fidelity_table,
+    find_suite,
+    judged,
+    look_at,
+    rank_correlation,
+    stratified,
+    watched_run,
+    within,
+)
+from autowidth.lab.data import ImageSet
+from autowidth.lab.train import FolderError, Settings, load_images, train
+from autowidth.policy import Budget
+from autowidth.surgery import apply_
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=20)
+
+
+@given(NUMBERS)
+def test_rank_correlation_is_spearmans(pairs: list[tuple[int, int]]) -> None:
+    p, t = np.array(pairs, dtype=float).T
+    found = rank_correlation(p, t)
+    if np.ptp(t) == 0:
+        assert found is None
+    elif np.ptp(p) == 0:
+        assert found == 0.0
+    else:
+        assert found == pytest.approx(spearmanr(p, t).statistic)
+
+
+def test_what_a_criterion_does_not_say_is_left_out() -> None:
+    p, t = np.array([1.0, np.nan, 2.0, 3.0]), np.array([5.0, -99.0, 6.0, 7.0])
+    assert rank_correlation(p, t) == pytest.approx(1.0)
+    assert rank_correlation(p[:3], t[:3]) is None
+
+
+def test_within_groups_only_ranks_inside_a_group_count_and_large_groups_count_more() -> None:
+    group = ["a"] * 6 + ["b"] * 12 + ["c"] * (LEAST - 1)
+    truth = np.arange(23.0)
+    predicted = np.concatenate([1000 + np.arange(6.0), -np.arange(12.0), -np.arange(LEAST - 1.0)])
+    assert within(group, predicted, truth) == pytest.approx((6 * 1.0 + 12 * -1.0) / 18)
+    assert within(group[:3], predicted[:3], truth[:3]) is None
+
+
+def noisy_blocks(noise: float, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Groups, true loss changes (m,), and what ten blocks show of them (10, m)."""
+    rng = np.random.default_rng(seed)
+    signal_ = rng.normal(size=400)
+    blocks = signal_ + noise * math.sqrt(BLOCKS) * rng.normal(size=(BLOCKS, 400))
+    return [f"g{n // 100}" for n in range(400)], signal_, blocks
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_the_ceiling_is_what_the_truth_itself_would_reach(noise: float) -> None:
+    group, truth, blocks = noisy_blocks(noise)
+    reached = within(group, truth, blocks.mean(axis=0))
+    assert reached is not None
+    assert ceiling(group, blocks) == pytest.approx(reached, abs=0.05)
+    assert ceiling(group, blocks) == pytest.approx(1 / math.sqrt(1 + noise**2), abs=0.06)
+
+
+def test_the_ceiling_of_a_truth_without_noise_is_one_and_of_noise_alone_nothing() -> None:
+    group, truth, _ = noisy_blocks(0)
+    assert ceiling(group, np.tile(truth, (BLOCKS, 1))) == pytest.approx(1.0)
+    assert ceiling(group, np.random.default_rng(0).normal(size=(BLOCKS, 400))) == pytest.approx(0.0, abs=0.35)
+    assert ceiling(group, np.zeros((BLOCKS, 400))) is None
+
+
+@given(
+    st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 40), min_size=1, max_size=8),
+    st.integers(1, 150),
+    st.integers(0, 9),
+)
+def test_the_sample_is_even_over_groups_and_takes_no_filter_twice(
+    widths: dict[str, int], count: int, seed: int
+) -> None:
+    picks = stratified(widths, count, np.random.default_rng(seed))
+    assert len(set(picks)) == len(picks)
+    assert all(0 <= channel < widths[name] for name, channel in picks)
+    taken = {name: sum(n == name for n, _ in picks) for name in widths}
+    assert all(taken[name] >= min(LEAST, width) for name, width in widths.items())
+    least = sum(min(LEAST, width) for width in widths.values())
+    assert len(picks) == max(least, min(count, sum(widths.values())))
+    open_to = [taken[name] for name, width in widths.items() if taken[name] < width]
+    assert not open_to or max(taken.values()) - min(open_to) <= 1
+
+
+def test_every_filter_may_be_sampled() -> None:
+    widths = {"a": 20, "b": 7}
+    seen = {pick for seed in range(200) for pick in stratified(widths, 14, np.random.default_rng(seed))}
+    assert len(seen) == 27
+
+
+def small_look() -> Look:
+    truth = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.5, 9.0])
+    return Look(
+        group=("a",) * 6 + ("b",) * 2,
+        channel=tuple(range(8)),
+        blocks={"removed": np.stack([truth - 0.1, truth + 0.1] * 2), "compensated": np.tile(-truth, (4, 1))},
+        predictions={
+            "same": truth / 2,
+            "contrary": -truth,
+            "dumb": np.array([np.nan] * 8),
+            "half": np.where(np.arange(8) < 4, truth, np.nan),
+        },
+        units={"same": "nats", "contrary": None, "dumb": None, "half": "nats"},
+        seconds={"same": 1.23456, "contrary": 0.0, "dumb": 0.0, "half": 0.0},
+        coefficients=(1.0, 0.5),
+        truth_samples=40,
+    )
+
+
+def test_records_by_hand() -> None:
+    same, contrary, dumb, half, *other = judged(small_look())
+    assert same == {
+        "truth": "removed", "criterion": "same", "unit": "nats", "spearman": pytest.approx(1),
+        "spearman_within": pytest.approx(1), "ceiling_within": pytest.approx(1),
+        "ratio": pytest.approx(2), "count": 8, "seconds": 1.235,
+    }  # fmt: skip
+    assert (contrary["spearman"], contrary["ratio"]) == (pytest.approx(-1), None)
+    assert (dumb["spearman"], dumb["spearman_within"], dumb["count"]) == (None, None, 0)
+    assert (half["spearman"], half["spearman_within"], half["count"]) == (pytest.approx(1), None, 4)
+    assert [(r["truth"], r["criterion"]) for r in other] == [
+        ("compensated", name) for name in ("same", "contrary", "dumb", "half")
+    ]
+    assert (other[0]["spearman"], other[0]["ratio"]) == (pytest.approx(-1), pytest.approx(-2))
+
+
+def test_the_table_shows_means_over_seeds_best_first() -> None:
+    about = {"model": "m", "data": "d", "moment": 0.1, "probe_samples": 64, "truth_samples": 40}
+    records = [{**about, "seed": 0, **r} for r in judged(small_look())]
+    records += [{**r, "seed": 1, "spearman": 0.5} for r in records if r["criterion"] == "same"]
+    lines = [line for line in fidelity_table(records).splitlines() if line.startswith("|")]
+    assert lines[0] == "| criterion | 10% of the run | seconds |"
+    assert lines[2] == "| half | 1.00 / - / 1.00 | 0.00 |"
+    assert lines[3] == "| same | 0.75 / 1.00 / 2.00 | 1.24 |"
+    assert lines[4] == "| contrary | -1.00 / -1.00 | 0.00 |"
+    assert lines[5] == "| dumb | - / - | 0.00 |"
+    assert lines[6] == "| ceiling | / 1.00 | |"
+    assert lines[9] == "| contrary | 1.00 / 1.00 | 0.00 |"
+    assert len(lines) == 14
+    assert "Seeds 0, 1" in fidelity_table(records)
+
+
+def test_an_empty_table_is_a_table() -> None:
+    assert fidelity_table([]).startswith("# ")
+
+
+# ---- the fidelity suite ----------------------------------------------------------------------------------------------
+
+
+def tiny(**changes: Any) -> Suite:
+    options: dict[str, Any] = {
+        "models": ("resnet8",), "epochs": 1, "filters": 24, "limit": 800, "truth": 100, "probe_samples": 96,
+        "width": 0.4,
+    }  # fmt: skip
+    return fidelity(**options | changes)
+
+
+def settings_of(suite: Suite) -> Settings:
+    settings = suite.units[0].settings
+    named = {name: settings[name] for name in ("data", "model", "seed")}
+    return Settings.model_validate({**settings["training"], **named})
+
+
+def bits(network: torch.nn.Module) -> list[bytes]:
+    return [tensor.detach().numpy().tobytes() for tensor in network.state_dict().values()]
+
+
+def looked_at(images: ImageSet, settings: Settings) -> tuple[list[tuple[float, Look]], AutoWidth]:
+    """A run whose engine is looked at on the way."""
+    looks = []
+    for share, engine in watched_run(settings, images, SHARES):
+        scoring, blocks = benches._scoring(images, 0, 96), benches._blocks(images)
+        looks.append((share, look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))))
+    return looks, engine
+
+
+def test_the_run_is_that_of_the_training_file_and_looking_does_not_disturb_it() -> None:
+    settings = settings_of(tiny(limit=400))
+    images = load_images(settings)
+    plain = train(settings.model_copy(update={"edit": False}))
+    looks, engine = looked_at(images, settings)
+    assert bits(engine.model) == bits(plain.network)
+    assert [share for share, _ in looks] == list(SHARES)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[ImageSet, AutoWidth]:
+    """A network at the end of its run, its reviews behind it."""
+    settings = settings_of(tiny())
+    images = load_images(settings)
+    (_, engine), = watched_run(settings, images, [1.0])  # fmt: skip
+    return images, engine
+
+
+def test_reviews_take_place_as_the_budget_would_and_change_nothing_but_the_criterion(
+    trained: tuple[ImageSet, AutoWidth],
+) -> None:
+    _, engine = trained
+    assert [event.step for event in engine.history] == list(Budget().reviews(engine.total_steps))
+    assert all(not event.maps and event.fidelity is not None for event in engine.history)
+    assert engine.calibration.coefficients != (1.0, 0.0)
+    assert engine.history.widths_start == engine.widths
+
+
+def test_images_of_the_truth_were_seen_by_nobody_else(trained: tuple[ImageSet, AutoWidth]) -> None:
+    images, _ = trained
+    keys = lambda split: {image.numpy().tobytes() for image in split.images}  # noqa: E731
+    truth = [x for block in benches._blocks(images) for x, _ in block]
+    scored = [x for x, _ in benches._scoring(images, 0, 96)]
+    scaled = lambda split: {  # noqa: E731
+        x.numpy().tobytes()
+        for x in benches.Batches(split, batch_size=2000, mean=images.mean, std=images.std, shuffle=False)
+        .at(0)
+        .__next__()[0]
+    }
+    assert images.held_out is not None
+    assert not keys(images.held_out) & (keys(images.train) | keys(images.test))
+    assert {i.numpy().tobytes() for x in truth for i in x} <= scaled(images.held_out)
+    assert {i.numpy().tobytes() for x in scored for i in x} <= scaled(images.train)
+    assert sum(map(len, truth)) == 100
+    assert sum(map(len, scored)) == 96
+    assert len(images.train) == 800
+    reviewed = next(iter(benches.probe_batches(images, 0).at(0)))[0][:96]
+    assert not torch.equal(torch.cat(scored), reviewed)  # the first review's: criteria should not know them better
+
+
+def test_the_truth_is_what_the_loss_does_without_the_filter(trained: tuple[ImageSet, AutoWidth]) -> None:
+    images, engine = trained
+    scoring, blocks = benches._scoring(images, 0, 96), benches._blocks(images)
+    before = bits(engine.model)
+    look = look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))
+    assert bits(engine.model) == before
+    assert engine.model.training
+    x, y = (torch.cat(parts) for parts in zip(*(batch for block in blocks for batch in block), strict=True))
+    network = engine.model
+    with quiet(network) as among, settled_norms(network, scoring, among=among), torch.no_grad():
+        whole = F.cross_entropy(network(x), y).item()
+        for number in (0, 9, 23):
+            group = engine.channel_map.group(look.group[number])
+            saved = {n: p.clone() for n, p in network.named_parameters()}
+            for place in group.with_role("read"):
+                weight = network.get_parameter(place.axis.name)
+                for position in place.index[look.channel[number]]:
+                    weight.select(place.axis.dim, position).zero_()
+            change = F.cross_entropy(network(x), y).item() - whole
+            for n, p in network.named_parameters():
+                p.copy_(saved[n])
+            assert look.blocks["removed"][:, number].mean() == pytest.approx(change, rel=1e-3, abs=1e-6)
+
+
+def test_the_compensated_truth_is_what_the_engine_would_find_after_surgery(
+    trained: tuple[ImageSet, AutoWidth],
+) -> None:
+    """Removed for real by the engine's own steps, a filter leaves the loss that was measured."""
+    images, engine = trained
+    scoring, blocks = benches._scoring(images, 0, 96), benches._blocks(images)
+    look = look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))
+    batch = tuple(torch.cat(parts) for parts in zip(*(b for block in blocks for b in block), strict=True))
+    assert not np.allclose(look.blocks["removed"], look.blocks["compensated"])
+    for number in (3, 20):
+        name, channel = look.group[number], look.channel[number]
+        with quiet(engine.model) as among, settled_norms(engine.model, scoring, among=among):
+            _, fold = benches._ours(engine.model, engine.channel_map, scoring, (1.0, 0.0))
+            tensors, network = fold({name: [channel]}), copy.deepcopy(engine.model)
+        before = mean_loss(network, [batch], F.cross_entropy)
+        with standing_in(network, tensors, stay=True):
+            plan = {name: IndexMap.removing([channel], engine.widths[name])}
+            apply_(network, engine.channel_map, plan)
+        after = mean_loss(network, [batch], F.cross_entropy)
+        assert look.blocks["compensated"][:, number].mean() == pytest.approx(after - before, rel=1e-2, abs=1e-5)
+
+
+def test_predictions_are_those_of_each_criterion_for_the_sampled_filters(trained: tuple[ImageSet, AutoWidth]) -> None:
+    images, engine = trained
+    scoring = benches._scoring(images, 0, 96)
+    look = look_at(engine, scoring, [[scoring[0]]], filters=24, rng=np.random.default_rng(0))
+    assert set(look.predictions) == {*OURS, *CRITERIA}
+    network, c = engine.model, look.coefficients
+    assert c == engine.calibration.coefficients
+    both = c[0] * look.predictions["autowidth-next"] + c[1] * look.predictions["autowidth-own"]
+    np.testing.assert_allclose(look.predictions["autowidth"], both, rtol=1e-5)
+    with quiet(network) as among, settled_norms(network, scoring, among=among):
+        for name in ("l1", "taylor-gate", "hrank"):
+            found = CRITERIA[name].worth(
+                network, engine.channel_map, scoring, F.cross_entropy, generator=torch.Generator()
+            )
+            expected = [found[g][n].item() for g, n in zip(look.group, look.channel, strict=True)]
+            np.testing.assert_allclose(look.predictions[name], expected, rtol=1e-5)
+
+
+def test_the_criterion_is_the_one_of_the_engine(trained: tuple[ImageSet, AutoWidth]) -> None:
+    """Looked at with the data of a review, it gives the worths that the review would decide on."""
+    _, engine = trained
+    with quiet(engine.model) as among:
+        scoring, _ = engine._batches()
+        with settled_norms(engine.model, scoring, among=among):
+            found, _ = benches._ours(engine.model, engine.channel_map, scoring, engine.calibration.coefficients)
+    decided: dict[str, np.ndarray] = {}
+    original = engine._decide
+    engine._decide = lambda worths: (decided.update(worths), original(worths))[1]  # type: ignore[method-assign]
+    engine._batches = lambda: (scoring, [])  # type: ignore[method-assign]
+    engine.review()
+    for name, worths in decided.items():
+        np.testing.assert_allclose(found["autowidth"][name].numpy(), worths, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[Standing]]:
+    """The folder, records and reports of a tiny fidelity suite."""
+    out, told = tmp_path_factory.mktemp("results"), list[Standing]()
+    records = bench(tiny(limit=300, truth=60, filters=12), out, processes=1, report=told.append)
+    return out, records, told
+
+
+def test_a_real_unit_yields_a_record_for_every_moment_and_criterion(
+    results: tuple[Path, list[dict[str, Any]], list[Standing]],
+) -> None:
+    out, records, told = results
+    expected = {(s, t, c) for s in SHARES for t in TRUTHS for c in (*OURS, *CRITERIA)}
+    assert {(r["moment"], r["truth"], r["criterion"]) for r in records} == expected
+    assert len(records) == len(expected)
+    for r in records:
+        assert (r["model"], r["data"], r["seed"], r["probe_samples"], r["truth_samples"]) == (
+            "resnet8", "digits", 0, 96, 60
+        )  # fmt: skip
+        assert (r["ratio"] is not None) == (r["unit"] == "nats")
+        assert -1 <= r["spearman"] <= 1
+    assert json.loads((out / "fidelity.json").read_text()) == records
+    assert (out / "fidelity.md").read_text() == fidelity_table(records)
+    assert [(t.unit, t.done, t.total) for t in told] == [("resnet8-seed0", 1, 1)]
+    assert sorted(p.name for p in out.rglob("*")) == ["fidelity", "fidelity.json", "fidelity.md", "resnet8-seed0.json"]
+
+
+def test_a_finished_unit_says_how_it_came_about_and_nothing_about_whose_machine_it_was(
+    results: tuple[Path, list[dict[str, Any]], list[Standing]],
+) -> None:
+    out, records, _ = results
+    text = (out / "fidelity" / "resnet8-seed0.json").read_text()
+    unit = json.loads(text)
+    assert unit["records"] == records
+    assert unit["command"] == "autowidth bench fidelity --data digits --models resnet8 --seeds 0 --epochs 1"
+    assert unit["environment"]["torch"] == torch.__version__
+    assert unit["environment"]["threads"] == 1
+    assert unit["environment"]["cores"] == os.cpu_count()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", unit["environment"]["revision"] or "0" * 40)
+    assert unit["settings"]["training"]["limit"] == 360
+    names = (str(out), str(REPOSITORY), str(Path.home()), socket.gethostname())
+    assert not [name for name in names if len(name) > 4 and name in text]
+    for moment in unit["raw"]:
+        measured = [block for blocks in moment["truth_blocks"].values() for block in blocks]
+        columns = (moment["group"], moment["channel"], *measured, *moment["predictions"].values())
+        assert len({len(column) for column in columns}) == 1
+
+
+def test_records_can_be_worked_out_again_from_the_raw_numbers(
+    results: tuple[Path, list[dict[str, Any]], list[Standing]],
+) -> None:
+    out, records, _ = results
+    unit = json.loads((out / "fidelity" / "resnet8-seed0.json").read_text())
+    for moment in unit["raw"]:
+        for kind, blocks in moment["truth_blocks"].items():
+            truth = np.mean(blocks, axis=0)
+            for name, predicted in moment["predictions"].items():
+                key = (moment["moment"], kind, name)
+                (record,) = [r for r in records if (r["moment"], r["truth"], r["criterion"]) == key]
+                assert record["spearman"] == pytest.approx(spearmanr(predicted, truth).statistic)
+
+
+def test_the_folder_can_be_asked_for_the_same_only(
+    results: tuple[Path, list[dict[str, Any]], list[Standing]],
+) -> None:
+    out, records, _ = results
+    told = list[Standing]()
+    assert bench(tiny(limit=300, truth=60, filters=12), out, report=told.append) == records
+    assert [t.seconds for t in told] == [None]
+    with pytest.raises(BenchError, match="filters 12, here it is 13"):
+        bench(tiny(limit=300, truth=60, filters=13), out)
+    with pytest.raises(BenchError, match="epochs=1, here it is epochs=2"):
+        bench(tiny(limit=300, truth=60, filters=12, epochs=2, seeds=(1,)), out)
+
+
+def test_places_on_this_machine_are_not_told() -> None:
+    suite = fidelity(data="cifar10:/some/where", seeds=(0, 2))
+    assert [u.name for u in suite.units] == [
+        f"{m}-seed{s}" for m in ("resnet20", "vgg8", "densenet22") for s in (0, 2)
+    ]  # fmt: skip
+    assert suite.units[0].settings["data"] == "cifar10:/some/where"
+    told = benches._told("fidelity", suite.units[0], Outcome(records=[], raw=[]), 1.0)
+    assert told["settings"]["data"] == "cifar10:PATH"
+    assert "where" not in json.dumps(told)
+    assert "--data cifar10:PATH" in suite.units[0].command
+    training = suite.units[0].settings["training"]
+    assert (training["limit"], training["limit"] * training["holdout"]) == (22_000, pytest.approx(2000))
+    assert (training["pool"], training["epochs"], training["batch_size"]) == (2, 12, 128)
+
+
+# ---- units in processes ----------------------------------------------------------------------------------------------
+
+
+def note(settings: Mapping[str, Any]) -> Outcome:
+    """A unit that writes down when it ran, and then does as it was told."""
+    place = Path(settings["place"])
+    with (place / f"{settings['key']}.log").open("a") as log:
+        log.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+    for word in settings["does"].split():
+        if word == "wait":
+            time.sleep(60)
+        elif word == "meet":
+            (place / settings["key"]).touch()
+            while len([p for p in place.iterdir() if not p.suffix]) < 2:
+                time.sleep(0.01)
+        elif word == "fail":
+            raise FolderError("this unit went wrong")
+        elif word == "crash":
+            raise UnsendableError(1, 2)
+        elif word == "vanish":
+            os._exit(3)
+    return Outcome(records=[{"key": settings["key"]}], raw=[])
+
+
+class UnsendableError(Exception):
+    """An error that cannot be built again from its arguments."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def notes(place: Path, **does: str) -> Suite:
+    """A suite of such units, by key."""
+    units = tuple(
+        Unit(name=key, settings={"key": key, "place": str(place), "does": what}, command=f"do {key}")
+        for key, what in does.items()
+    )
+    return Suite(name="notes", units=units, run=note, table=lambda r: f"{len(r)}\n", apart=frozenset({"key", "does"}))
+
+
+def ran(place: Path) -> dict[str, int]:
+    """How often each unit has begun."""
+    return {log.stem: len(log.read_text().splitlines()) for log in place.glob("*.log")}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    found = tmp_path / "place"
+    found.mkdir()
+    return found
+
+
+def test_units_run_at_the_same_time_in_one_thread_each(tmp_path: Path, place: Path) -> None:
+    suite = notes(place, one="meet", two="meet")  # each waits for the other
+    assert bench(suite, tmp_path / "out", processes=2) == [{"key": "one"}, {"key": "two"}]
+    rows = [log.read_text().split() for log in place.glob("*.log")]
+    assert {threads for _, threads in rows} == {"1"}
+    assert len({pid for pid, _ in rows} | {str(os.getpid())}) == 3
+    assert (tmp_path / "out" / "notes.md").read_text() == "2\n"
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from test_bench import notes
+from autowidth.lab.bench import bench
+if __name__ == "__main__":
+    bench(notes(Path(sys.argv[1]), one="", two="wait"), Path(sys.argv[2]), processes=1)
+"""
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_a_suite_that_was_killed_goes_on_where_it_stood(tmp_path: Path, place: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    out = tmp_path / "out"
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+    command = [sys.executable, str(tmp_path / "killed.py"), str(place), str(out)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+    until(lambda: (place / "two.log").exists())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    worker = int((place / "two.log").read_text().split()[0])
+    until(lambda: not alive(worker))  # no orphan goes on
+    first = out / "notes" / "one.json"
+    before = first.stat().st_mtime_ns
+    assert [p.name for p in (out / "notes").iterdir()] == ["one.json"]
+    assert json.loads((out / "notes.json").read_text()) == [{"key": "one"}]
+    (out / "notes" / ".two.json.partial").write_text("{")  # as if it had been killed while it wrote
+    told = list[Standing]()
+    records = bench(notes(place, one="", two=""), out, report=told.append)
+    assert records == [{"key": "one"}, {"key": "two"}]
+    assert ran(place) == {"one": 1, "two": 2}
+    assert first.stat().st_mtime_ns == before
+    assert [(t.unit, t.seconds is None, t.done) for t in told] == [("one", True, 1), ("two", False, 2)]
+
+
+def until(condition: Any) -> None:
+    """Waits for something to become true. Fails after a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_an_error_of_a_unit_comes_out_and_what_is_finished_stays(tmp_path: Path, place: Path) -> None:
+    with pytest.raises(FolderError, match="this unit went wrong") as caught:
+        bench(notes(place, one="", two="fail", three=""), tmp_path, processes=1)
+    assert "in note" in str(caught.value.__cause__)  # the traceback of the other process
+    assert ran(place) == {"one": 1, "two": 1}
+    assert json.loads((tmp_path / "notes.json").read_text()) == [{"key": "one"}]
+
+
+def test_an_error_ends_the_units_that_run_beside_it(tmp_path: Path, place: Path) -> None:
+    with pytest.raises(UnitError, match="UnsendableError: 1 and 2"):
+        bench(notes(place, one="wait", two="crash"), tmp_path / "out", processes=2)
+    assert not (tmp_path / "out").exists()
+    for log in place.glob("one.log"):  # it may not even have begun
+        assert not alive(int(log.read_text().split()[0]))
+
+
+def test_a_process_that_vanishes_is_named(tmp_path: Path, place: Path) -> None:
+    with pytest.raises(UnitError, match="process of one ended with code 3 and no result"):
+        bench(notes(place, one="vanish"), tmp_path / "out")
+
+
+# ---- the door --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path, place: Path) -> None:
+    suite = notes(place, one="")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="name a folder"):
+        bench(suite, tmp_path / "file")
+    (tmp_path / "notes").mkdir()
+    for content in ("{", "[1]", '{"records": []}'):
+        (tmp_path / "notes" / "other.json").write_text(content)
+        with pytest.raises(BenchError, match="no result of a unit"):
+            bench(suite, tmp_path)
+    with pytest.raises(BenchError, match="processes=0"):
+        bench(suite, tmp_path, processes=0)
+    assert ran(place) == {}
+
+
+def test_names_that_lead_nowhere() -> None:
+    with pytest.raises(UnknownSuiteError, match="did you mean fidelity"):
+        find_suite("fidelty")
+    with pytest.raises(BenchError, match="allowed are digits and cifar10:PATH"):
+        find_suite("fidelity", data="folder:x")
+    with pytest.raises(ValueError, match="nearest is resnet20"):
+        find_suite("fidelity", models=("resnet21",))
+    with pytest.raises(ValueError, match="'epochs' should be greater"):
+        find_suite("fidelity", epochs=-1)
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0", (0,)), ("3,1,3", (3, 1)), ("0-2", (0, 1, 2)), ("7, 0-1", (7, 0, 1))])
+def test_seeds_are_read(text: str, seeds: tuple[int, ...]) -> None:
+    assert cli.read_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "x", "1,", "2-1", "-1", "0-5000", "1.5"])
+def test_no_seeds_are_refused(text: str) -> None:
+    with pytest.raises(cli.UsageError, match="names no seeds"):
+        cli.read_seeds(text)
+
+
+def called(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of the console entry."""
+    monkeypatch.setattr(sys, "argv", ["autowidth", *arguments])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_runs_a_suite_and_prints_its_table(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def suite(**options: Any) -> Suite:
+        asked.append(options)
+        return notes(place, one="")
+
+    monkeypatch.setattr(benches, "SUITES", {"notes": suite})
+    line = f"bench notes --out {tmp_path / 'out'} --models a,b --seeds 0-1 --epochs 3 --processes 1".split()
+    for how in ("took", "was there"):
+        assert called(*line, monkeypatch=monkeypatch) == 0
+        captured = capfd.readouterr()
+        assert captured.out.splitlines()[0] == "1"
+        assert "written to" in captured.out
+        assert captured.err.startswith(f"one {how}")
+    assert asked == [{"data": None, "models": ("a", "b"), "seeds": (0, 1), "epochs": 3}] * 2
+    assert ran(place) == {"one": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("bench fidelty", "did you mean fidelity"),
+        ("bench fidelity --seeds x", "names no seeds"),
+        ("bench fidelity --models resnet21", "nearest is resnet20"),
+        ("bench fidelity --processes 0", "allowed are 1"),
+        ("bench fidelity --data cifar10:nowhere", "no folder nowhere"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(
+    tmp_path: Path, line: str, part: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert called(*line.split(), monkeypatch=monkeypatch) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("autowidth: ")
+    assert captured.err.count("\n") == 1
+    assert part in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert called("bench", "--help", monkeypatch=monkeypatch) == 0
+    text = capfd.readouterr().out
+    assert "  autowidth bench fidelity" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_suite_is_described_by_its_units_alone() -> None:
+    """What a worker gets must not depend on the order or number of other units."""
+    one, both = tiny(seeds=(1,)), tiny(seeds=(0, 1))
+    assert one.units[0] == both.units[1]
+    assert replace(one, units=()) == replace(both, units=())
