@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long lint format types check clean help
+.PHONY: demo test test-long zoo speed lint format types check clean help
 
 demo: .venv/.runtime  ## train the default network on the digits and watch its widths settle
 	$(BIN)/autowidth train --out runs/demo
@@ -11,8 +11,14 @@ demo: .venv/.runtime  ## train the default network on the digits and watch its w
 test: .venv/.dev  ## run the fast tests
 	$(BIN)/python -m pytest -n 2
 
-test-long: .venv/.dev  ## run the slow tests too
+test-long: .venv/.dev .venv/.zoo  ## run the slow tests too
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+zoo: .venv/.zoo  ## resize the networks of torchvision and timm, write docs/coverage.md
+	$(BIN)/python -m tests.zoo.coverage
+
+speed: .venv/.zoo .venv/.bench  ## time tracing and surgery beside Torch-Pruning, write results/speed.json
+	$(BIN)/python -m tests.zoo.speed
 
 lint: .venv/.dev  ## look for mistakes and for unformatted files, change nothing
 	$(BIN)/ruff check
@@ -43,4 +49,12 @@ help:  ## show this list
 
 .venv/.dev: .venv/.runtime
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/.zoo: .venv/.runtime
+	$(PIP) --editable '.[zoo]'
+	touch $@
+
+.venv/.bench: .venv/.runtime
+	$(PIP) --editable '.[bench]'
 	touch $@

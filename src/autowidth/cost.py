@@ -106,11 +106,16 @@ def count_macs(model: nn.Module, example_inputs: object) -> int:
     args, kwargs = _call(example_inputs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     try:
+        for parameter in trained:  # the counter breaks where one that wants a gradient is passed to a module
+            parameter.requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*args, **kwargs)
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
     return int(counter.get_total_flops()) // 2 // max(tensors[0].size(0), 1)

@@ -1,0 +1,1 @@
+"""Other people's networks: torchvision's and timm's, traced, resized, trained, saved and loaded."""
