@@ -165,6 +165,25 @@ def test_modes_come_back_after_a_failure() -> None:
     assert model.training
 
 
+class Tokens(nn.Module):
+    """Passes a parameter to a module, as networks with a class token do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.fixed, self.head = nn.Parameter(torch.ones(1, 5)), nn.Parameter(torch.ones(())), conv(3, 4)
+        self.mix = nn.Linear(5, 2)
+        self.fixed.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).mean() + self.mix(self.token)
+
+
+def test_a_parameter_may_be_passed_to_a_module() -> None:
+    model = Tokens()
+    assert count_macs(model, torch.zeros(1, 3, 8, 8)) == 64 * 27 * 4 + 5 * 2
+    assert [p.requires_grad for p in (model.token, model.fixed)] == [True, False]
+
+
 def test_inputs_of_no_known_kind_are_refused() -> None:
     with pytest.raises(TypeError, match="is a int: pass a tensor, a tuple or a mapping"):
         count_macs(example("Plain").model, 3)

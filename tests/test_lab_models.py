@@ -261,6 +261,17 @@ def anything(**settings):
     net.settings = settings
     return net
 
+class Narrow(nn.Module):
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.head = nn.Linear(2, num_classes)
+
+def handing_on(**settings):
+    return Narrow(**settings)
+
+def failing(**settings):
+    raise TypeError("something else is wrong")
+
 def number():
     return 7
 
@@ -284,6 +295,17 @@ def test_a_callable_gets_the_keywords_that_it_takes() -> None:
     assert resolve("own_nets_for_test:Holder.fixed", num_classes=3).out_features == 3
     settings = resolve("own_nets_for_test:anything", num_classes=3, in_channels=1, width=0.5).settings
     assert settings == {"num_classes": 3, "in_channels": 1, "width": 0.5}
+
+
+@pytest.mark.usefixtures("own_nets")
+def test_keywords_that_are_refused_further_down_are_left_out() -> None:
+    """As with torchvision's builders, which take any keyword and hand it on to a class that does not."""
+    assert resolve("own_nets_for_test:handing_on", num_classes=7).head.out_features == 7
+    assert resolve("own_nets_for_test:handing_on").head.out_features == 4
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        resolve("own_nets_for_test:handing_on", width=0.5)
+    with pytest.raises(TypeError, match="something else"):
+        resolve("own_nets_for_test:failing")
 
 
 @pytest.mark.usefixtures("own_nets")

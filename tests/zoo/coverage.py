@@ -368,6 +368,7 @@ def _change(case: _Case, model: nn.Module, plan: ResizePlan) -> float:
 
 _ACROSS = (nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _ACROSS_BY_NAME = ("GlobalResponseNorm", "GlobalResponseNormMlp", "RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d")
+_ACROSS_INSIDE = ("EfficientAdditiveAttention",)  # normalises what its layers write, with no parameters of its own
 _STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
 
@@ -380,11 +381,14 @@ def _crossing(model: nn.Module, channel_map: ChannelMap) -> dict[str, str]:
     found: dict[str, str] = {}
     for group in channel_map.groups:
         for place in group.places:
-            owner = model.get_submodule(place.axis.name.rpartition(".")[0].split(".parametrizations")[0])
+            path = place.axis.name.rpartition(".")[0].split(".parametrizations")[0]
+            owner, parent = model.get_submodule(path), type(model.get_submodule(path.rpartition(".")[0])).__name__
             kind = type(owner).__name__
             across = isinstance(owner, _ACROSS) or kind in _ACROSS_BY_NAME
             across |= isinstance(owner, nn.GroupNorm) and owner.num_groups == 1
             across |= kind in _STANDARDISED and place.role == "read"
+            if parent in _ACROSS_INSIDE and place.role == "write":
+                across, kind = True, parent
             if across:
                 found.setdefault(group.name, kind)
     return found

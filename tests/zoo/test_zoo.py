@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.coverage import Row, broken, code, examine, examined, general, main, read_rows, write_rows
 from zoo.memory import peak_during, resident, returning_memory
-from zoo.subjects import CONVOLUTIONAL, SUBJECTS, TORCHVISION, Subject
+from zoo.subjects import CONVOLUTIONAL, KNOWN, SUBJECTS, TORCHVISION, Subject
 from zoo.torchvision_schemas import import_timm, import_torchvision
 
 SMALL = ("resnet18", "squeezenet1_1")
@@ -44,7 +44,12 @@ def test_a_small_network_keeps_every_promise(name: str) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_network_keeps_every_promise(name: str) -> None:
     needed(SUBJECTS[name])
-    assert broken(examined(name)) == []
+    found = broken(examined(name))
+    if name in KNOWN:
+        assert len(found) == 1
+        assert KNOWN[name] in found[0]
+    else:
+        assert found == []
 
 
 def test_the_networks_are_those_that_were_promised() -> None:

@@ -471,23 +471,27 @@ def build(name: str, *, num_classes: int = 10, in_channels: int = 3, width: floa
     return spec(name).builder(num_classes=num_classes, in_channels=in_channels, width=width)
 
 
-def resolve(text: str, *, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> nn.Module:
+def resolve(text: str, *, num_classes: int | None = None, in_channels: int = 3, width: float = 1.0) -> nn.Module:
     """The network that `text` names: a built-in name, or `module:callable`, which is imported and called.
 
-    The callable gets those of the keywords num_classes, in_channels and width that its signature takes.
+    The callable gets those of the keywords num_classes, in_channels and width that its signature takes; where it takes
+    any keyword and hands them on, those that are not refused further down. Without num_classes a built-in network has
+    ten classes, and a callable its own number.
     Raises UnknownModelError where the text leads nowhere, TypeError where it leads to something that is no module,
     and ValueError for a width factor that the callable does not take.
     """
     if ":" not in text:
-        return build(text, num_classes=num_classes, in_channels=in_channels, width=width)
+        return build(text, num_classes=num_classes or 10, in_channels=in_channels, width=width)
     maker = _import(text)
     if not callable(maker) or isinstance(maker, nn.Module):
         raise TypeError(f"{text} is {_a(maker)}, expected a class or function that returns an nn.Module")
-    offered = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    offered: dict[str, object] = {"in_channels": in_channels, "width": width}
+    if num_classes is not None:
+        offered["num_classes"] = num_classes
     taken = _accepted(maker, offered)
     if width != 1.0 and "width" not in taken:
         raise ValueError(f"{text} takes no keyword 'width', so the width factor {width} cannot be given to it; use 1.0")
-    model = maker(**taken)
+    model = _made(maker, taken)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{text} returned {_a(model)}, expected an nn.Module")
     return model
@@ -526,6 +530,17 @@ def _accepted(maker: Callable[..., object], offered: Mapping[str, object]) -> di
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = {p.name for p in parameters if p.kind in by_keyword}
     return {name: value for name, value in offered.items() if name in names}
+
+
+def _made(maker: Callable[..., object], keywords: dict[str, object]) -> object:
+    """What the callable returns, without the keyword that it, or what it calls, says it does not know."""
+    try:
+        return maker(**keywords)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in keywords or ("width" in keywords and keywords["width"] != 1.0):
+            raise
+        return _made(maker, {name: value for name, value in keywords.items() if name != unknown[1]})
 
 
 def _near(name: str, known: Mapping[str, object]) -> str:
