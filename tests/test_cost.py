@@ -166,7 +166,7 @@ def test_modes_come_back_after_a_failure() -> None:
 
 
 class Tokens(nn.Module):
-    """Passes a parameter to a module, as networks with a class token do."""
+    """Passes a view of a parameter to a module, as networks with a class token do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,12 +175,12 @@ class Tokens(nn.Module):
         self.fixed.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x).mean() + self.mix(self.token)
+        return self.head(x).mean() + self.mix(self.token.expand(2, -1))
 
 
-def test_a_parameter_may_be_passed_to_a_module() -> None:
+def test_a_view_of_a_parameter_may_be_passed_to_a_module() -> None:
     model = Tokens()
-    assert count_macs(model, torch.zeros(1, 3, 8, 8)) == 64 * 27 * 4 + 5 * 2
+    assert count_macs(model, torch.zeros(2, 3, 8, 8)) == 64 * 27 * 4 + 5 * 2
     assert [p.requires_grad for p in (model.token, model.fixed)] == [True, False]
 
 

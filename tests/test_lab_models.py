@@ -302,6 +302,7 @@ def test_keywords_that_are_refused_further_down_are_left_out() -> None:
     """As with torchvision's builders, which take any keyword and hand it on to a class that does not."""
     assert resolve("own_nets_for_test:handing_on", num_classes=7).head.out_features == 7
     assert resolve("own_nets_for_test:handing_on").head.out_features == 4
+    assert tuple(resolve("own_nets_for_test:Full", in_channels=5).linear.weight.shape) == (10, 5)
     with pytest.raises(TypeError, match="unexpected keyword"):
         resolve("own_nets_for_test:handing_on", width=0.5)
     with pytest.raises(TypeError, match="something else"):

@@ -476,7 +476,7 @@ def resolve(text: str, *, num_classes: int | None = None, in_channels: int = 3, 
 
     The callable gets those of the keywords num_classes, in_channels and width that its signature takes; where it takes
     any keyword and hands them on, those that are not refused further down. Without num_classes a built-in network has
-    ten classes, and a callable its own number.
+    ten classes, and a callable its own number, or ten if it has none.
     Raises UnknownModelError where the text leads nowhere, TypeError where it leads to something that is no module,
     and ValueError for a width factor that the callable does not take.
     """
@@ -485,9 +485,9 @@ def resolve(text: str, *, num_classes: int | None = None, in_channels: int = 3, 
     maker = _import(text)
     if not callable(maker) or isinstance(maker, nn.Module):
         raise TypeError(f"{text} is {_a(maker)}, expected a class or function that returns an nn.Module")
-    offered: dict[str, object] = {"in_channels": in_channels, "width": width}
-    if num_classes is not None:
-        offered["num_classes"] = num_classes
+    offered: dict[str, object] = {"num_classes": num_classes or 10, "in_channels": in_channels, "width": width}
+    if num_classes is None and not _requires(maker, "num_classes"):
+        del offered["num_classes"]
     taken = _accepted(maker, offered)
     if width != 1.0 and "width" not in taken:
         raise ValueError(f"{text} takes no keyword 'width', so the width factor {width} cannot be given to it; use 1.0")
@@ -530,6 +530,15 @@ def _accepted(maker: Callable[..., object], offered: Mapping[str, object]) -> di
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = {p.name for p in parameters if p.kind in by_keyword}
     return {name: value for name, value in offered.items() if name in names}
+
+
+def _requires(maker: Callable[..., object], name: str) -> bool:
+    """Whether the callable cannot be called without this keyword."""
+    try:
+        parameter = inspect.signature(maker).parameters.get(name)
+    except ValueError:
+        return False  # what that means is said where the signature is needed
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _made(maker: Callable[..., object], keywords: dict[str, object]) -> object:
