@@ -211,7 +211,7 @@ def _line(frames: Iterator[tuple[str, int]]) -> str:
 
 
 _OWN = (
-    os.path.dirname(torch.__file__),
+    os.path.dirname(torch.__file__) + os.sep,  # not torchvision, which lies beside it
     *(os.path.join(os.path.dirname(__file__), f) for f in ("trace.py", "rules.py")),
 )
 
