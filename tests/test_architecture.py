@@ -43,6 +43,8 @@ FLOORS = {
     "lab.baselines.__init__": 4.2,
     "lab.train": 4.3,
     "lab.bench": 4.4,
+    "lab.suites.*": 4.5,
+    "lab.suites.__init__": 4.6,
     "cli": 5,
 }
 """File -> floor. Imports point to lower numbers only; `*` is every file of a folder without a line of its own."""

@@ -30,26 +30,21 @@ from autowidth.audit import mean_loss, standing_in
 from autowidth.channels import IndexMap
 from autowidth.engine import AutoWidth, quiet, settled_norms
 from autowidth.lab import bench as benches
+from autowidth.lab import suites
 from autowidth.lab.baselines import CRITERIA
-from autowidth.lab.bench import (
+from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench
+from autowidth.lab.data import ImageSet
+from autowidth.lab.suites import UnknownSuiteError, find_suite
+from autowidth.lab.suites.fidelity import (
     BLOCKS,
     LEAST,
     OURS,
     SHARES,
     TRUTHS,
-    BenchError,
     Look,
-    Outcome,
-    Standing,
-    Suite,
-    Unit,
-    UnitError,
-    UnknownSuiteError,
-    bench,
     ceiling,
     fidelity,
     fidelity_table,
-    find_suite,
     judged,
     look_at,
     rank_correlation,
@@ -57,10 +52,11 @@ from autowidth.lab.bench import (
     watched_run,
     within,
 )
-from autowidth.lab.data import ImageSet
 from autowidth.lab.train import FolderError, Settings, load_images, train
 from autowidth.policy import Budget
 from autowidth.surgery import apply_
+
+fidelity_suite = sys.modules[fidelity.__module__]  # the function hides the file of its name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -224,7 +220,7 @@ def looked_at(images: ImageSet, settings: Settings) -> tuple[list[tuple[float, L
     """A run whose engine is looked at on the way."""
     looks = []
     for share, engine in watched_run(settings, images, SHARES):
-        scoring, blocks = benches._scoring(images, 0, 96), benches._blocks(images)
+        scoring, blocks = fidelity_suite._scoring(images, 0, 96), fidelity_suite._blocks(images)
         looks.append((share, look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))))
     return looks, engine
 
@@ -260,11 +256,11 @@ def test_reviews_take_place_as_the_budget_would_and_change_nothing_but_the_crite
 def test_images_of_the_truth_were_seen_by_nobody_else(trained: tuple[ImageSet, AutoWidth]) -> None:
     images, _ = trained
     keys = lambda split: {image.numpy().tobytes() for image in split.images}  # noqa: E731
-    truth = [x for block in benches._blocks(images) for x, _ in block]
-    scored = [x for x, _ in benches._scoring(images, 0, 96)]
+    truth = [x for block in fidelity_suite._blocks(images) for x, _ in block]
+    scored = [x for x, _ in fidelity_suite._scoring(images, 0, 96)]
     scaled = lambda split: {  # noqa: E731
         x.numpy().tobytes()
-        for x in benches.Batches(split, batch_size=2000, mean=images.mean, std=images.std, shuffle=False)
+        for x in fidelity_suite.Batches(split, batch_size=2000, mean=images.mean, std=images.std, shuffle=False)
         .at(0)
         .__next__()[0]
     }
@@ -275,13 +271,13 @@ def test_images_of_the_truth_were_seen_by_nobody_else(trained: tuple[ImageSet, A
     assert sum(map(len, truth)) == 100
     assert sum(map(len, scored)) == 96
     assert len(images.train) == 800
-    reviewed = next(iter(benches.probe_batches(images, 0).at(0)))[0][:96]
+    reviewed = next(iter(fidelity_suite.probe_batches(images, 0).at(0)))[0][:96]
     assert not torch.equal(torch.cat(scored), reviewed)  # the first review's: criteria should not know them better
 
 
 def test_the_truth_is_what_the_loss_does_without_the_filter(trained: tuple[ImageSet, AutoWidth]) -> None:
     images, engine = trained
-    scoring, blocks = benches._scoring(images, 0, 96), benches._blocks(images)
+    scoring, blocks = fidelity_suite._scoring(images, 0, 96), fidelity_suite._blocks(images)
     before = bits(engine.model)
     look = look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))
     assert bits(engine.model) == before
@@ -308,14 +304,14 @@ def test_the_compensated_truth_is_what_the_engine_would_find_after_surgery(
 ) -> None:
     """Removed for real by the engine's own steps, a filter leaves the loss that was measured."""
     images, engine = trained
-    scoring, blocks = benches._scoring(images, 0, 96), benches._blocks(images)
+    scoring, blocks = fidelity_suite._scoring(images, 0, 96), fidelity_suite._blocks(images)
     look = look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))
     batch = tuple(torch.cat(parts) for parts in zip(*(b for block in blocks for b in block), strict=True))
     assert not np.allclose(look.blocks["removed"], look.blocks["compensated"])
     for number in (3, 20):
         name, channel = look.group[number], look.channel[number]
         with quiet(engine.model) as among, settled_norms(engine.model, scoring, among=among):
-            _, fold = benches._ours(engine.model, engine.channel_map, scoring, (1.0, 0.0))
+            _, fold = fidelity_suite._ours(engine.model, engine.channel_map, scoring, (1.0, 0.0))
             tensors, network = fold({name: [channel]}), copy.deepcopy(engine.model)
         before = mean_loss(network, [batch], F.cross_entropy)
         with standing_in(network, tensors, stay=True):
@@ -327,7 +323,7 @@ def test_the_compensated_truth_is_what_the_engine_would_find_after_surgery(
 
 def test_predictions_are_those_of_each_criterion_for_the_sampled_filters(trained: tuple[ImageSet, AutoWidth]) -> None:
     images, engine = trained
-    scoring = benches._scoring(images, 0, 96)
+    scoring = fidelity_suite._scoring(images, 0, 96)
     look = look_at(engine, scoring, [[scoring[0]]], filters=24, rng=np.random.default_rng(0))
     assert set(look.predictions) == {*OURS, *CRITERIA}
     network, c = engine.model, look.coefficients
@@ -349,7 +345,7 @@ def test_the_criterion_is_the_one_of_the_engine(trained: tuple[ImageSet, AutoWid
     with quiet(engine.model) as among:
         scoring, _ = engine._batches()
         with settled_norms(engine.model, scoring, among=among):
-            found, _ = benches._ours(engine.model, engine.channel_map, scoring, engine.calibration.coefficients)
+            found, _ = fidelity_suite._ours(engine.model, engine.channel_map, scoring, engine.calibration.coefficients)
     decided: dict[str, np.ndarray] = {}
     original = engine._decide
     engine._decide = lambda worths: (decided.update(worths), original(worths))[1]  # type: ignore[method-assign]
@@ -640,7 +636,7 @@ def test_the_command_runs_a_suite_and_prints_its_table(
         asked.append(options)
         return notes(place, one="")
 
-    monkeypatch.setattr(benches, "SUITES", {"notes": suite})
+    monkeypatch.setattr(suites, "SUITES", {"notes": suite})
     line = f"bench notes --out {tmp_path / 'out'} --models a,b --seeds 0-1 --epochs 3 --processes 1".split()
     for how in ("took", "was there"):
         assert called(*line, monkeypatch=monkeypatch) == 0

@@ -27,6 +27,7 @@ from autowidth.cost import count_macs, macs_cost, params_cost
 from autowidth.engine import ForeignOptimizerError, NothingToResizeError
 from autowidth.history import Event, HistoryError
 from autowidth.lab import bench as benches
+from autowidth.lab import suites
 from autowidth.lab import train as training
 from autowidth.lab.data import DataError, UnknownDataError
 from autowidth.lab.models import UnknownModelError, resolve, spec
@@ -45,7 +46,7 @@ MISTAKES = (
     training.DeviceError,
     training.ModelError,
     training.FolderError,
-    benches.UnknownSuiteError,
+    suites.UnknownSuiteError,
     benches.BenchError,
     benches.UnitError,
     FloatingPointError,
@@ -497,7 +498,7 @@ off, at any point, goes on with the same command.
 
 @app.command(epilog=BENCH_EXAMPLES)
 def bench(
-    suite: Annotated[str, typer.Argument(help=f"what to measure: {', '.join(benches.SUITES)}")],
+    suite: Annotated[str, typer.Argument(help=f"what to measure: {', '.join(suites.SUITES)}")],
     out: Annotated[Path, typer.Option(help="folder of the results; what is there is not run again")] = Path("results"),
     data: Annotated[str | None, typer.Option(help="digits or cifar10:PATH; default digits")] = None,
     models: Annotated[
@@ -511,7 +512,7 @@ def bench(
     """Run a suite of measurements, or what is left of it, and print its tables."""
     with door(debug=debug, interrupted="finished units are kept, the same command goes on"):
         names = tuple(filter(None, (models or "").split(",")))
-        wanted = benches.find_suite(suite, data=data, models=names, seeds=read_seeds(seeds), epochs=epochs)
+        wanted = suites.find_suite(suite, data=data, models=names, seeds=read_seeds(seeds), epochs=epochs)
         records = benches.bench(wanted, out, processes=processes, report=_tell_standing)
         typer.echo(wanted.table(records))
         typer.echo(f"written to {out / wanted.name}.json and {out / wanted.name}.md")
