@@ -22,7 +22,8 @@ from autowidth.trace import trace
 from nets import Headed, conv, example
 
 NETS = ("Plain", "Projection", "Dense", "Depthwise", "Flatten", "Transposed", "CalledTwice", "InPlace", "WeightNorm")
-DATA_FREE = ("l1", "l2", "bn-scale", "fpgm", "entropy", "random")
+DATA_FREE = ("l1", "l2", "bn-scale", "fpgm", "entropy", "sparse-structure", "random")
+OF_NORMS = ("bn-scale", "sparse-structure")
 PER_BATCH = ("taylor",)
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -67,7 +68,7 @@ def test_every_filter_gets_a_number_and_the_model_stays_as_it_was(net: str, crit
     for w in found.values():
         assert w.dtype == torch.float32
         assert not w.requires_grad
-        assert torch.isfinite(w).all() or (criterion == "bn-scale" and torch.isnan(w).all())
+        assert torch.isfinite(w).all() or (criterion in OF_NORMS and torch.isnan(w).all())
     assert bits(case.model) == before
     assert all(p.grad is None for p in case.model.parameters())
     assert not case.model.training

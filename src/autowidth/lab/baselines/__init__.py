@@ -11,18 +11,26 @@ from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import (
+    asymptotic,
     bn_scale,
+    channel_lasso,
     entropy,
     fpgm,
     hrank,
+    hrel,
     linear_dependency,
     magnitude_l1,
     magnitude_l2,
+    nisp,
     obd,
     obd_kron,
     random_worth,
+    slimming,
+    soft,
+    sparse_structure,
     taylor,
 )
+from autowidth.lab.baselines.training import TrainingRule
 from autowidth.probe import Loss
 
 
@@ -64,6 +72,25 @@ CRITERIA: Mapping[str, Criterion] = {
     "entropy": Criterion(worth=entropy.worth),
     "hrank": Criterion(worth=hrank.worth),
     "linear-dependency": Criterion(worth=linear_dependency.worth),
+    "nisp": Criterion(worth=nisp.worth),
+    "channel-lasso": Criterion(worth=channel_lasso.worth),
+    "sparse-structure": Criterion(worth=sparse_structure.worth),
+    "hrel": Criterion(worth=hrel.worth),
     "random": Criterion(worth=random_worth.worth),
 }
 """The criteria by name."""
+
+
+class Schedule(Protocol):
+    """Makes a fresh training rule with its paper's strength, for a run of which a share of every width will be left."""
+
+    def __call__(self, *, widths_left: float) -> TrainingRule: ...
+
+
+TRAINING: Mapping[str, Schedule] = {
+    "slimming": lambda *, widths_left: slimming.Slimming(),
+    "sparse-structure": lambda *, widths_left: sparse_structure.SparseStructure(),
+    "soft": lambda *, widths_left: soft.Soft(widths_left=widths_left),
+    "asymptotic": lambda *, widths_left: soft.Soft(widths_left=widths_left, reached=asymptotic.reached),
+}
+"""The training rules by name."""
