@@ -97,8 +97,12 @@ class Looks:
     grace: int = 2
     seen: list[Situation] = field(default_factory=list)
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int]) -> None:
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
         """Accepts everything."""
+
+    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
+        """No trial."""
+        return {}
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         return tuple(range(2, total_steps + 1, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import Cost, macs_cost
 from autowidth.lab.models import build
-from autowidth.policy import Books, Budget, BudgetError, Decision, Never, Policy, Situation, shrunk, uniform_share
+from autowidth.policy import (
+    ABSOLUTE,
+    Auto,
+    Books,
+    Budget,
+    BudgetError,
+    Decision,
+    Never,
+    Policy,
+    Price,
+    Situation,
+    shrunk,
+    uniform_share,
+)
 from autowidth.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -84,9 +97,24 @@ class Review:
         return self.situation.macs.at(self.widths)
 
 
-def simulate(policy: Policy, cost: Cost, start: Mapping[str, int], worths: Worths, total: int = 1000) -> list[Review]:
-    """A whole run on books alone. Keeps the age of every channel as the engine would."""
-    policy.check(cost, start)
+Loss = Callable[[Mapping[str, int]], float]
+"""Widths -> loss, nats."""
+
+
+def simulate(
+    policy: Policy,
+    cost: Cost,
+    start: Mapping[str, int],
+    worths: Worths,
+    total: int = 1000,
+    loss: Loss | None = None,
+    rise: float | None = None,
+) -> list[Review]:
+    """A whole run on books alone. Keeps the age of every channel as the engine would.
+
+    What a trial shows comes from `loss`, or is always `rise`.
+    """
+    policy.check(cost, start, cost)
     born: dict[str, list[int | None]] = {name: [None] * width for name, width in start.items()}
     reviews: list[Review] = []
     for number, step in enumerate(policy.reviews(total)):
@@ -99,7 +127,11 @@ def simulate(policy: Policy, cost: Cost, start: Mapping[str, int], worths: Worth
             )
             for name, ages in born.items()
         )
-        situation = Situation(step=step, total_steps=total, books=books, macs=cost)
+        situation = Situation(step=step, total_steps=total, books=books, macs=cost, params=cost, rise=rise)
+        if loss is not None and (trial := policy.trial(situation)):
+            before = {name: len(ages) for name, ages in born.items()}
+            narrower = before | {name: index_map.width for name, index_map in trial.items()}
+            situation = replace(situation, rise=loss(narrower) - loss(before))
         decision = policy.decide(situation)
         for name, index_map in decision.plan.items():
             assert index_map.size == len(born[name]), "a plan is written for the widths of its own review"
@@ -464,3 +496,128 @@ def test_what_a_budget_bears_grows_with_what_was_announced_and_is_unlimited_at_t
 def test_negative_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="may be negative"):
         Budget(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+def feasible(cost: Cost, start: Mapping[str, int], macs: float, kept: tuple[str, ...] = ()) -> bool:
+    """Whether minimum widths cost less than this share."""
+    return cost.at({n: w if n in kept else min(w, 2) for n, w in start.items()}) < macs * cost.at(start)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_close_names() -> None:
+    cost, start = chain_cost([8, 8], [9, 9, 9]), {"g0": 8, "g1": 8}
+    with pytest.raises(BudgetError, match=r"protect='h0' matches no channel group.*g0"):
+        Budget(protect=("h0",)).check(cost, start)
+    with pytest.raises(BudgetError, match="nothing is left"):
+        Auto(protect=("g*",)).check(cost, start)
+
+
+@settings(max_examples=30)
+@given(chain=chains(), macs=st.floats(0.3, 1.5), seed=st.integers(0, 99))
+def test_protected_groups_keep_their_widths(chain: tuple[Cost, dict[str, int]], macs: float, seed: int) -> None:
+    cost, start = chain
+    assume(len(start) > 1)
+    assume(feasible(cost, start, macs, kept=("g0",)))
+    policy = Budget(macs=macs, protect=("g0",))
+    assert all(r.widths["g0"] == start["g0"] for r in simulate(policy, cost, start, lognormal(seed)))
+
+
+@settings(max_examples=30)
+@given(chain=chains(least=8, most=40), macs=st.floats(0.3, 1.5), multiple=st.sampled_from([2, 4, 8]))
+def test_widths_that_change_become_multiples(chain: tuple[Cost, dict[str, int]], macs: float, multiple: int) -> None:
+    cost, start = chain
+    reviews = simulate(Budget(macs=macs, multiple=multiple), cost, start, lognormal(0))
+    changed = [w for r in reviews for name, w in r.widths.items() if w != start[name]]
+    assume(changed)
+    assert all(width % multiple == 0 for width in changed)
+    assert reviews[-1].cost <= macs * cost.at(start) or min(reviews[-1].widths.values()) <= multiple
+
+
+@settings(max_examples=30)
+@given(chain=chains(least=8, most=40), macs=st.floats(0.2, 0.9), most=st.floats(0.05, 0.5))
+def test_no_review_but_the_last_moves_more_than_it_may(
+    chain: tuple[Cost, dict[str, int]], macs: float, most: float
+) -> None:
+    cost, start = chain
+    assume(feasible(cost, start, macs))
+    reviews = simulate(Budget(macs=macs, max_move=most, offer=0.0), cost, start, lognormal(0))
+    before = cost.at(start)
+    for review in reviews[:-1]:
+        room = max(cost.of_channel(cost.vector(review.before)))
+        assert review.cost >= (1 - most) * before - room
+        before = review.cost
+
+
+@settings(max_examples=30)
+@given(chain=chains(), share=st.floats(0.3, 0.9))
+def test_a_budget_in_parameters_or_in_absolute_numbers_is_the_same_promise(
+    chain: tuple[Cost, dict[str, int]], share: float
+) -> None:
+    cost, start = chain
+    full = cost.at(start)
+    assume(share * full > ABSOLUTE and feasible(cost, start, share))
+    by_share = simulate(Budget(macs=share), cost, start, lognormal(0))
+    by_number = simulate(Budget(macs=share * full), cost, start, lognormal(0))
+    by_params = simulate(Budget(params=share), cost, start, lognormal(0))
+    assert by_share[-1].widths == by_number[-1].widths == by_params[-1].widths
+
+
+def test_a_budget_in_two_units_is_refused() -> None:
+    with pytest.raises(BudgetError, match="one of the two"):
+        Budget(macs=0.5, params=0.5)
+
+
+def test_newborns_that_cost_too_much_are_not_offered() -> None:
+    cost, start = chain_cost([16, 16, 16], [9, 9, 9, 9]), {"g0": 16, "g1": 16, "g2": 16}
+
+    def born(newborn: float) -> int:
+        reviews = simulate(Budget(macs=0.6, offer=0.1, newborn=newborn), cost, start, lognormal(1))
+        return sum(len(m.inserted) for r in reviews for m in r.decision.plan.values())
+
+    assert born(0.0) == 0
+    assert 0 < born(0.5) <= born(1.0) <= born(4.0)
+
+
+# ------------------------------------------------------------------------------------------------------- prices
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_auto_settles_at_the_same_macs_from_narrow_and_from_wide_starts(seed: int) -> None:
+    """In a world where an e-fold of MACs always earns the same, the price has one solution; every start leads there."""
+    channel_map = lab_map("resnet8", 1.0)
+    cost = macs_cost(channel_map)
+    full = cost.at(channel_map.widths)
+    settled = []
+    for factor in (0.5, 1.0, 2.0):
+        start = {name: round(width * factor) for name, width in channel_map.widths.items()}
+        policy = Auto(nats_per_parameter=0.4, samples=round(full))
+        reviews = simulate(policy, cost, start, lognormal(seed), loss=lambda w: -0.2 * math.log(cost.at(w)))
+        settled.append(reviews[-1].cost / full)
+    # a slice s earns -0.2 ln(1 - s) and costs 0.4 s M / M0
+    assert settled == pytest.approx([0.2 * -math.log(0.8) / (0.4 * 0.2)] * 3, rel=0.1)
+
+
+def test_auto_without_the_number_of_samples_is_refused() -> None:
+    cost, start = chain_cost([8, 8], [9, 9, 9]), {"g0": 8, "g1": 8}
+    with pytest.raises(BudgetError, match=r"Auto\(samples=len\(dataset\)\)"):
+        Auto().check(cost, start, cost)
+
+
+@pytest.mark.parametrize("policy", [Price(nats_per_model=0.1), Auto(nats_per_parameter=0.1, samples=7200)])
+def test_what_earns_more_than_it_costs_grows_and_what_earns_less_shrinks(policy: Price) -> None:
+    cost, start = chain_cost([16, 16, 16], [9, 9, 9, 9]), {"g0": 16, "g1": 16, "g2": 16}
+
+    def first(rise: float) -> float:
+        review = simulate(policy, cost, start, lognormal(1), rise=rise)[0]
+        return review.cost / cost.at(start)
+
+    balance = 0.1 * policy.slice  # what the slice costs; the network costs 0.1 nats by either policy
+    assert first(balance / 3) < 0.8 < 0.93 < first(balance) <= 1.02 < 1.2 < first(3 * balance)
+
+
+@pytest.mark.parametrize("wrong", [{"nats_per_model": 0.0}, {"slice": 1.0}, {"pace": 0.0}])
+def test_impossible_prices_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Price(**wrong)

@@ -30,6 +30,7 @@ from autowidth.lab.train import (
     DeviceError,
     DivergedError,
     FolderError,
+    Method,
     ModelError,
     Progress,
     Settings,
@@ -161,14 +162,14 @@ def test_without_reviews_the_run_is_the_plain_loop_bit_for_bit(settings: Setting
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
 def test_reviews_that_decide_nothing_leave_the_run_as_it_is_bit_for_bit(settings: Settings) -> None:
-    watched = train(settings, policy=Watching())
+    watched = train(settings, method=Method(policy=Watching()))
     assert watched.reviews == 4
     assert same(watched.network, plain_loop(settings))
     assert watched.review_seconds > 0
 
 
 def test_a_policy_that_does_something_would_be_seen() -> None:
-    assert not same(train(SHORT, policy=Shuffling()).network, plain_loop(SHORT))
+    assert not same(train(SHORT, method=Method(policy=Shuffling())).network, plain_loop(SHORT))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -30,8 +31,10 @@ from autowidth.lab import bench as benches
 from autowidth.lab import suites
 from autowidth.lab import train as training
 from autowidth.lab.data import DataError, UnknownDataError
+from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import UnknownModelError, resolve, spec
-from autowidth.policy import BudgetError
+from autowidth.lab.peers import PeerError
+from autowidth.policy import ABSOLUTE, Auto, Budget, BudgetError, Policy, Price
 from autowidth.probe import ProbeError
 from autowidth.trace import TraceError, trace
 
@@ -47,6 +50,8 @@ MISTAKES = (
     training.ModelError,
     training.FolderError,
     suites.UnknownSuiteError,
+    UnknownMethodError,
+    PeerError,
     benches.BenchError,
     benches.UnitError,
     FloatingPointError,
@@ -125,8 +130,10 @@ def _option(setting: str, *names: str) -> Any:
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
-digits, ResNet-20, half of its MACs, about a minute:
+digits, ResNet-20, widths found, about a minute:
   autowidth train
+half of its MACs:
+  autowidth train --macs 0.5
 the same run without reviews, for comparison:
   autowidth train --no-edit --out runs/plain
 start narrow, and let filters be inserted:
@@ -149,8 +156,16 @@ def train(
     model: Annotated[str | None, _option("model", "--model")] = None,
     data: Annotated[str | None, _option("data", "--data")] = None,
     macs: Annotated[
-        float | None, typer.Option(help=f"target, as a share of the starting MACs; default {training.Budget().macs}")
+        float | None,
+        typer.Option(help="end at this cost: a share of the starting MACs (0.5), or above 100 MACs per image"),
     ] = None,
+    params: Annotated[float | None, typer.Option(help="end at this cost, in parameters instead of MACs")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="end where a MAC earns what it costs: nats for all starting MACs")
+    ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="find widths that keep the accuracy at the least MACs (the default)")
+    ] = False,
     epochs: Annotated[int | None, _option("epochs", "--epochs")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "--batch-size")] = None,
     lr: Annotated[float | None, _option("lr", "--lr")] = None,
@@ -171,11 +186,15 @@ def train(
     options = {
         "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
         "width": width, "out": out, "device": device, "threads": threads, "edit": False if no_edit else None,
-        "budget": None if macs is None else {"macs": macs},
+        "price": None if price is None else {"nats_per_model": price},
+        "budget": {k: v for k, v in {"macs": macs, "params": params}.items() if v is not None} or None,
     }  # fmt: skip
     console = _console(stderr=as_json)
     with door(debug=debug):
-        settings = training.settings_from({k: v for k, v in options.items() if v is not None}, config=config)
+        if auto and (macs is not None or params is not None or price is not None):
+            raise UsageError("--auto finds the target itself: leave out --macs, --params and --price, or --auto")
+        given = {k: v for k, v in options.items() if v is not None} | ({"budget": None, "price": None} if auto else {})
+        settings = training.settings_from(given, config=config)
         if settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
         display = _display(console, settings, quiet=quiet)
@@ -281,8 +300,18 @@ def _display(console: Console, settings: training.Settings, *, quiet: bool) -> _
     return _Screen(console, settings) if console.is_terminal else _Lines(console, settings)
 
 
+def _aim(policy: Policy) -> str:
+    """Where a policy leads, for people."""
+    if isinstance(policy, Budget):
+        unit = "MACs" if policy.what == "macs" else "parameters"
+        return f"to {policy.target:.0%} of the {unit}" if policy.target <= ABSOLUTE else f"to {policy.target:g} {unit}"
+    if isinstance(policy, Auto):
+        return "to the widths that pay"
+    return f"at {policy.nats_per_model:g} nats for all MACs" if isinstance(policy, Price) else "without reviews"
+
+
 def _opening(settings: training.Settings, p: training.Progress) -> str:
-    aim = f"to {settings.budget.macs:.0%} of the MACs" if settings.edit else "without reviews"
+    aim = _aim(settings.policy)
     start = f"{_short(p.macs_start)} MACs, {_short(p.params_start)} parameters"
     return f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
 
@@ -506,13 +535,29 @@ def bench(
     ] = None,
     seeds: Annotated[str, typer.Option(help="as in 0,1,2 or 0-2")] = "0",
     epochs: Annotated[int | None, typer.Option(help="epochs of a training run; default: the suite's own")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="of a comparison, as in dense,uniform,autowidth,l1; default: the suite's own")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="of a comparison: shares of the MACs, as in 0.25,0.5; default 0.25")
+    ] = None,
+    starts: Annotated[
+        str | None, typer.Option(help="of a comparison: factors on the starting widths, as in 0.5,1,2; default 1")
+    ] = None,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="of a comparison: measure on held-out training images, not on the test")
+    ] = False,
     processes: Annotated[int, typer.Option(help="units at a time, one CPU thread each")] = 2,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Run a suite of measurements, or what is left of it, and print its tables."""
     with door(debug=debug, interrupted="finished units are kept, the same command goes on"):
-        names = tuple(filter(None, (models or "").split(",")))
-        wanted = suites.find_suite(suite, data=data, models=names, seeds=read_seeds(seeds), epochs=epochs)
+        asked = {
+            "data": data, "models": _words(models), "epochs": epochs, "methods": _words(methods),
+            "budgets": read_shares("budgets", budgets), "starts": read_shares("starts", starts), "choose": choose,
+        }  # fmt: skip
+        given = {name: value for name, value in asked.items() if value}
+        wanted = suites.find_suite(suite, seeds=read_seeds(seeds), **given)
         records = benches.bench(wanted, out, processes=processes, report=_tell_standing)
         typer.echo(wanted.table(records))
         typer.echo(f"written to {out / wanted.name}.json and {out / wanted.name}.md")
@@ -528,6 +573,22 @@ def read_seeds(text: str) -> tuple[int, ...]:
             raise UsageError(f"--seeds {text!r} names no seeds: give numbers, such as 0,1,2 or 0-2")
         seeds |= dict.fromkeys(range(first, last + 1))
     return tuple(seeds)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    """The words between commas."""
+    return tuple(filter(None, (word.strip() for word in (text or "").split(","))))
+
+
+def read_shares(name: str, text: str | None) -> tuple[float, ...]:
+    """The positive numbers in a text such as 0.25,0.5; none where there is no text. Raises UsageError."""
+    try:
+        shares = tuple(float(word) for word in _words(text))
+    except ValueError:
+        shares = (-1.0,)
+    if any(not 0 < share < math.inf for share in shares):
+        raise UsageError(f"--{name} {text!r}: give numbers above 0, such as 0.25,0.5")
+    return shares
 
 
 def _tell_standing(standing: benches.Standing) -> None:

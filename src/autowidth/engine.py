@@ -22,11 +22,11 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import autowidth.audit as audits
 from autowidth.channels import ChannelMap, ParamAxis, ResizePlan
-from autowidth.cost import macs_cost
+from autowidth.cost import Cost, macs_cost, params_cost
 from autowidth.history import Event, Fidelity, History
 from autowidth.policy import Books, Decision, Policy, Situation, shrunk
 from autowidth.probe import Loss, effective_weights, probe
@@ -71,6 +71,24 @@ def resize_(
     """
     channel_map = trace(model, example_inputs)
     return apply_(model, channel_map, plan, optimizers=_several(optimizer), followers=followers, generator=generator)
+
+
+class Criterion(Protocol):
+    """A rule that ranks filters: group name -> (width,) tensor, larger = keep, NaN where it says nothing.
+
+    Called in evaluation mode with settled norms. `batches` are pairs of inputs and target, `loss_fn` is a mean over
+    samples. It changes neither the model nor its gradients.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        channel_map: ChannelMap,
+        batches: Sequence[tuple[Any, Any]],
+        loss_fn: Loss,
+        *,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +132,9 @@ class AutoWidth:
     policy: when to review and what to do (Budget, Never).
     total_steps: optimizer steps of the whole run; the policy's schedule is a share of it.
     followers: EMA copies of the model that are resized with it.
+    criterion: what takes the place of our worth; it is used as it is, without audit. A filter about which it says
+        nothing (NaN) stays.
+    compensate: whether peers take over what is removed.
 
     Raises NothingToResizeError with the reasons, ForeignOptimizerError, BudgetError, TraceError, ProbeError.
     """
@@ -130,6 +151,8 @@ class AutoWidth:
         total_steps: int,
         followers: Sequence[nn.Module] = (),
         effort: Effort | None = None,
+        criterion: Criterion | None = None,
+        compensate: bool = True,
         seed: int = 0,
     ) -> None:
         if total_steps < 1:
@@ -140,6 +163,8 @@ class AutoWidth:
         self.policy = policy
         self.total_steps = total_steps
         self.effort = effort or Effort()
+        self.criterion = criterion
+        self.compensate = compensate
         self.channel_map = trace(model, example_inputs)
         self.calibration = audits.Calibration()
         self.steps = 0
@@ -171,7 +196,7 @@ class AutoWidth:
                 f"{' and '.join(type(o).__name__ for o in self.optimizers) or 'no optimizer'} holds none of the "
                 "parameters that would be resized: build the optimizer from this model's parameters()"
             )
-        self.policy.check(macs_cost(self.channel_map), self.channel_map.widths)
+        self.policy.check(macs_cost(self.channel_map), self.channel_map.widths, self._params_cost())
         if self._review_steps:
             probe(self.model, self.channel_map, itertools.islice(self._probe, 1), self._loss_fn)
 
@@ -190,6 +215,10 @@ class AutoWidth:
         """The number of parameters now."""
         return sum(p.numel() for p in self.model.parameters())
 
+    def _params_cost(self) -> Cost:
+        """The number of parameters as a function of the widths."""
+        return params_cost(self.channel_map, (name for name, _ in self.model.named_parameters()))
+
     @property
     def review_seconds(self) -> float:
         """Wall time spent in reviews so far."""
@@ -204,31 +233,23 @@ class AutoWidth:
         """One look at the books: probe, audit, decide, resize, record. Gradients are dropped where shapes change."""
         clock = _Clock()
         with quiet(self.model) as trained:
-            scoring, held_out = self._batches()
-            with settled_norms(self.model, scoring, among=trained):
-                sums = probe(self.model, self.channel_map, scoring, self._loss_fn)
-                known = peers(sums, self.channel_map, effective_weights(self.model))
-                features = parts(sums, self.channel_map, known)
-                clock.lap("probe")
-                fold = partial(folded, channel_map=self.channel_map, known=known, weights=_tensors(self.model))
-                fidelity, baseline = self._audit(features, held_out, fold)
-                worths = self._worths(features)
-                clock.lap("audit")
-            decision = self._decide(worths)
+            view = _View(*self._batches(), trained)
+            with settled_norms(self.model, view.scoring, among=trained):
+                found = self._judge(view, clock)
+            decision = self._decide(found, view)
             clock.lap("decide")
-            trial = partial(self._change_by, fold, scoring, held_out, baseline, trained)
-            decision, measured = self._affordable(decision, worths, trial)
+            decision, measured = self._affordable(decision, found, view)
             clock.lap("audit")
             before = (self.macs, self.params)
-            self._operate(decision.plan, known)
+            self._operate(decision.plan, found.known)
             if decision.plan:
-                with settled_norms(self.model, scoring, among=trained, keep=True):
+                with settled_norms(self.model, view.scoring, among=trained, keep=True):
                     pass  # the statistics of the old network say nothing about the new one
             clock.lap("surgery")
         event = Event(
             step=self.steps,
             total_steps=self.total_steps,
-            loss=sums.loss / sums.samples,
+            loss=found.loss,
             announced=decision.announced,
             measured=measured,
             price=decision.price,
@@ -239,8 +260,8 @@ class AutoWidth:
             params=self.params,
             widths=self.widths,
             maps=dict(decision.plan),
-            worths={name: _span(worth) for name, worth in worths.items()},
-            fidelity=fidelity,
+            worths={name: _span(worth) for name, worth in found.worths.items() if np.isfinite(worth).all()},
+            fidelity=found.fidelity,
             coefficients=self.calibration.coefficients,
             seconds=clock.seconds,
             notes=decision.notes,
@@ -254,43 +275,77 @@ class AutoWidth:
         scoring = _take(stream, self.effort.probe_samples)
         return scoring, _take(stream, self.effort.audit_samples)
 
-    def _change_by(
-        self,
-        fold: audits.Fold,
-        scoring: list[tuple[Any, Any]],
-        held_out: list[tuple[Any, Any]],
-        baseline: float | None,
-        trained: Collection[nn.Module],
-        plan: ResizePlan,
-    ) -> float | None:
+    def _judge(self, view: _View, clock: _Clock) -> _Judgement:
+        """What every filter is worth by our criterion, which learns from an audit."""
+        if self.criterion is not None:
+            return self._judge_by(self.criterion, view, clock)
+        sums = probe(self.model, self.channel_map, view.scoring, self._loss_fn)
+        known = peers(sums, self.channel_map, effective_weights(self.model))
+        features = parts(sums, self.channel_map, known)
+        clock.lap("probe")
+        known = known if self.compensate else {}
+        fidelity, baseline = self._audit(features, view.held_out, partial(self._fold, known))
+        worths = self._worths(features)
+        clock.lap("audit")
+        loss = sums.loss / sums.samples
+        return _Judgement(worths=worths, known=known, loss=loss, fidelity=fidelity, baseline=baseline)
+
+    def _judge_by(self, criterion: Criterion, view: _View, clock: _Clock) -> _Judgement:
+        """What every filter is worth by a criterion that is not ours; infinite where it says nothing. No audit."""
+        known: Mapping[ParamAxis, Peers] = {}
+        if self.compensate:
+            sums = probe(self.model, self.channel_map, view.scoring, self._loss_fn)
+            known = peers(sums, self.channel_map, effective_weights(self.model))
+        said = criterion(self.model, self.channel_map, view.scoring, self._loss_fn, generator=self._generator)
+        worths = {name: np.nan_to_num(w.detach().cpu().double().numpy(), nan=np.inf) for name, w in said.items()}
+        loss = audits.mean_loss(self.model, view.scoring, self._loss_fn)
+        clock.lap("probe")
+        baseline = audits.mean_loss(self.model, view.held_out, self._loss_fn) if view.held_out else None
+        clock.lap("audit")
+        return _Judgement(worths=worths, known=known, loss=loss, fidelity=None, baseline=baseline)
+
+    def _fold(self, known: Mapping[ParamAxis, Peers], removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """The readers' tensors once the removed channels are gone and the known peers stand in for them."""
+        return folded(removed, self.channel_map, known, _tensors(self.model))
+
+    def _change_by(self, plan: ResizePlan, found: _Judgement, view: _View) -> float | None:
         """What the removals of a plan do to the loss on the audit samples, nats per sample, tried without surgery."""
         removed = _removed(plan)
-        if baseline is None or not removed:
-            return None if baseline is None else 0.0
-        with (
-            audits.standing_in(self.model, fold(removed)),
-            settled_norms(self.model, scoring, among=trained),
-        ):
-            return audits.mean_loss(self.model, held_out, self._loss_fn) - baseline
+        if found.baseline is None or not removed:
+            return None if found.baseline is None else 0.0
+        with self._tried(removed, found, view):
+            return audits.mean_loss(self.model, view.held_out, self._loss_fn) - found.baseline
 
-    def _affordable(
-        self,
-        decision: Decision,
-        worths: Mapping[str, np.ndarray],
-        trial: Callable[[ResizePlan], float | None],
-    ) -> tuple[Decision, float | None]:
+    def _rise_by(self, plan: ResizePlan, found: _Judgement, view: _View) -> float:
+        """The same on all samples of the review: for what compares slices, less noise counts more than a fresh look."""
+        with self._tried(_removed(plan), found, view):
+            after = audits.mean_loss(self.model, [*view.scoring, *view.held_out], self._loss_fn)
+        scored, held_out = (sum(len(x) for x, _ in part) for part in (view.scoring, view.held_out))
+        before = (found.loss * scored + (found.baseline or 0.0) * held_out) / (scored + held_out)
+        return after - before
+
+    @contextmanager
+    def _tried(self, removed: Mapping[str, Sequence[int]], found: _Judgement, view: _View) -> Iterator[None]:
+        """While it lasts, the network is as it would be without the removed channels, its norms settled."""
+        with (
+            audits.standing_in(self.model, self._fold(found.known, removed)),
+            settled_norms(self.model, view.scoring, among=view.trained),
+        ):
+            yield
+
+    def _affordable(self, decision: Decision, found: _Judgement, view: _View) -> tuple[Decision, float | None]:
         """The decision and its measured loss change; with a shrunk plan where that exceeds what the policy bears."""
-        measured = trial(decision.plan)
+        measured = self._change_by(decision.plan, found, view)
         if not decision.plan:
             return decision, measured
         bearable = self.policy.bearable(decision, last=self.steps >= max(self._review_steps))
         if measured is None or measured <= bearable:
             return decision, measured
-        lesser = shrunk(decision, {name: tuple(worth.tolist()) for name, worth in worths.items()})
+        lesser = shrunk(decision, {name: tuple(worth.tolist()) for name, worth in found.worths.items()})
         note = (
             f"the plan would have cost {measured:.3g} nats, more than the bearable {bearable:.3g}: half of it was made"
         )
-        return replace(lesser, notes=(*lesser.notes, note)), trial(lesser.plan)
+        return replace(lesser, notes=(*lesser.notes, note)), self._change_by(lesser.plan, found, view)
 
     def _audit(
         self, features: Mapping[str, Tensor], held_out: list[tuple[Any, Any]], fold: audits.Fold
@@ -316,16 +371,23 @@ class AutoWidth:
         coefficients = torch.tensor(self.calibration.coefficients, dtype=torch.float32)
         return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
 
-    def _decide(self, worths: Mapping[str, np.ndarray]) -> Decision:
+    def _decide(self, found: _Judgement, view: _View) -> Decision:
+        """The policy's decision, once it knows what its trial does to the loss."""
         start = self.history.widths_start
         books = tuple(
             Books(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
-            for name, worth in worths.items()
+            for name, worth in found.worths.items()
         )
         situation = Situation(
-            step=self.steps, total_steps=self.total_steps, books=books, macs=macs_cost(self.channel_map)
+            step=self.steps,
+            total_steps=self.total_steps,
+            books=books,
+            macs=macs_cost(self.channel_map),
+            params=self._params_cost(),
         )
-        return self.policy.decide(situation)
+        trial = self.policy.trial(situation)
+        rise = self._rise_by(trial, found, view) if trial else None
+        return self.policy.decide(replace(situation, rise=rise))
 
     def _in_grace(self, group: str) -> tuple[bool, ...]:
         """For each channel of a group whether it is too young to be judged."""
@@ -356,6 +418,26 @@ class AutoWidth:
             self._age[name] = [now if s < 0 else self._age[name][s] for s in index_map.source]
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code holds the old shapes, and gives up silently after eight recompiles
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What a review looks at: images that score filters, images held out from that, the modules in training."""
+
+    scoring: list[tuple[Any, Any]]
+    held_out: list[tuple[Any, Any]]
+    trained: set[nn.Module]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judgement:
+    """What a review found: worths, the peers that may take over, the losses on both parts of the images (nats)."""
+
+    worths: dict[str, np.ndarray]
+    known: Mapping[ParamAxis, Peers]
+    loss: float
+    fidelity: Fidelity | None
+    baseline: float | None
 
 
 @contextmanager

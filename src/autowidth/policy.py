@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +45,18 @@ class Books:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """Everything that a policy decides on: when, what is there, what it costs."""
+    """Everything that a policy decides on: when, what is there, what it costs, what a trial has shown.
+
+    rise: what the removals of the policy's trial did to the loss, nats per sample; None where it asks for no trial or
+    there are no samples to measure it on.
+    """
 
     step: int
     total_steps: int
     books: tuple[Books, ...]
     macs: CostOfWidths
+    params: CostOfWidths | None = None
+    rise: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +80,14 @@ class Policy(Protocol):
 
     @property
     def grace(self) -> int: ...
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int]) -> None:
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
         """Raises BudgetError if the policy cannot be met from these widths."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """The steps, counted from 1, after which a review takes place."""
+
+    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
+        """Removals whose effect on the loss the policy wants to know before it decides; often none."""
 
     def decide(self, situation: Situation) -> Decision:
         """The resizes to make now."""
@@ -91,12 +102,16 @@ class Never:
 
     grace: int = 0
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int]) -> None:
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
         """Accepts everything."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """No steps."""
         return ()
+
+    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
+        """No trial."""
+        return {}
 
     def decide(self, situation: Situation) -> Decision:
         """An empty plan."""
@@ -108,35 +123,40 @@ class Never:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """Ends at a given share of the starting network's MACs, and allocates them freely among the layers.
+class Editing:
+    """When reviews take place and what they may do: the options that Budget, Price and Auto share.
 
-    macs: the target, as a share of the MACs at the start (0.5), or above 1 a larger network.
     count: number of reviews, evenly spaced between the shares `begin` and `end` of the run.
-    offer: share of the starting MACs that is offered to newborns at a review (0: no insertion). Newborns are not
-        judged for `grace` reviews, and none are offered in the last `grace` reviews, so that all are judged.
+    offer: share of the cost that is offered to newborns at a review (0: no insertion). Newborns are not judged for
+        `grace` reviews, and none are offered in the last `grace` reviews, so that all are judged.
+    newborn: price of newborns: what a filter not yet born is expected to be worth, as a share of the mean worth of
+        the weaker half of its group.
     diminishing: exponent g of the prior of diminishing returns. A filter's worth is taken as
         worth x (uniform share / width that would be left) ** g, where the uniform share is the width that the group
-        would have in a uniformly narrowed network of the target's cost. Early worth overrates layers that learn
-        first; the narrower a group already is, the dearer its next filter (docs/decisions/002).
+        would have in a uniformly narrowed network of the same cost. Early worth overrates layers that learn first;
+        the narrower a group already is, the dearer its next filter (docs/decisions/002).
     min_width: no group gets narrower.
+    multiple: widths that change become multiples of this; groups that are narrower than it stay.
+    protect: patterns of names (as in `stem.*`) of groups that keep their widths. One that matches nothing is an error.
+    max_move: the largest share of the present cost that one review may remove; the last review of a budget may more.
     tolerance: a plan that turns out to cost this many nats (the unit of the loss) more than twice what was announced is
-        carried out by half; what is left is made up for at later reviews. The last review always meets the target.
+        carried out by half; what is left is made up for at later reviews. The last review always meets a budget.
     """
 
-    macs: float = 0.5
     count: int = 10
     begin: float = 0.1
     end: float = 0.6
     offer: float = 0.05
+    newborn: float = 1.0
     grace: int = 2
     diminishing: float = 2.0
     min_width: int = 2
+    multiple: int = 1
+    protect: tuple[str, ...] = ()
+    max_move: float = 0.5
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.macs > 0:
-            raise BudgetError(f"budget macs={self.macs:g} is impossible: pass a share of the starting MACs above 0")
         if not 0 <= self.begin < self.end <= 1:
             raise ValueError(f"reviews from {self.begin:g} to {self.end:g} of the run: need 0 <= begin < end <= 1")
         if self.count < 1 or self.min_width < 1 or self.grace < 0 or not 0 <= self.offer < 1:
@@ -144,52 +164,245 @@ class Budget:
                 f"count={self.count}, min_width={self.min_width}, grace={self.grace}, offer={self.offer:g}: "
                 "need count >= 1, min_width >= 1, grace >= 0 and 0 <= offer < 1"
             )
-        if self.tolerance < 0 or self.diminishing < 0:
-            raise ValueError(f"tolerance={self.tolerance:g}, diminishing={self.diminishing:g}: neither may be negative")
+        if self.tolerance < 0 or self.diminishing < 0 or self.newborn < 0:
+            raise ValueError(
+                f"tolerance={self.tolerance:g}, diminishing={self.diminishing:g}, newborn={self.newborn:g}: "
+                "none may be negative"
+            )
+        if self.multiple < 1 or not 0 < self.max_move <= 1:
+            raise ValueError(
+                f"multiple={self.multiple}, max_move={self.max_move:g}: need multiple >= 1 and 0 < max_move <= 1"
+            )
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int]) -> None:
-        """Raises BudgetError if the target is below what minimum widths cost, or above the start without insertion."""
-        full = macs.at(widths)
-        least = macs.at({name: min(width, self.min_width) for name, width in widths.items()})
-        if self.macs * full < least:
-            raise BudgetError(
-                f"budget macs={self.macs:g} is below the least that minimum widths allow ({least / full:.3g} of the "
-                f"starting MACs at min_width={self.min_width}): raise macs or lower min_width"
-            )
-        if self.macs > 1 and self.offer == 0:
-            raise BudgetError(f"budget macs={self.macs:g} needs insertion, which offer=0 turns off: set offer above 0")
-        if self.macs > 1 and self.count <= max(self.grace, 1):
-            raise BudgetError(
-                f"budget macs={self.macs:g} needs insertion, and the last {max(self.grace, 1)} of {self.count} reviews "
-                "insert nothing: raise count or lower grace"
-            )
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+        """Raises BudgetError for a pattern in `protect` that matches no group, or where it leaves nothing to edit."""
+        for pattern in self.protect:
+            if not fnmatch.filter(widths, pattern):
+                close = difflib.get_close_matches(pattern, widths, n=3, cutoff=0.3) or list(widths)[:3]
+                raise BudgetError(
+                    f"protect={pattern!r} matches no channel group; close names are {', '.join(close)} "
+                    "(`autowidth inspect` lists all)"
+                )
+        if len(self.protected(tuple(widths))) == len(widths):
+            raise BudgetError(f"protect={self.protect} matches all channel groups: nothing is left to resize")
+
+    def protected(self, names: Sequence[str]) -> frozenset[str]:
+        """The names that a pattern in `protect` matches."""
+        return frozenset(name for pattern in self.protect for name in fnmatch.filter(names, pattern))
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """Evenly spaced steps between `begin` and `end` of the run."""
         return tuple(sorted({max(1, round(x * total_steps)) for x in np.linspace(self.begin, self.end, self.count)}))
 
-    def decide(self, situation: Situation) -> Decision:
-        """Removes the filters of least profit down to this review's target, less what newborns are offered."""
+    def standing(self, situation: Situation) -> tuple[int, int, bool]:
+        """(which review this is, counted from 1, of how many, whether newborns are offered at it)."""
         steps = self.reviews(situation.total_steps)
         number = sum(step <= situation.step for step in steps)
-        start = {books.name: books.width_start for books in situation.books}
-        full = situation.macs.at(start)
-        last_offer = len(steps) - max(self.grace, 1)  # a network that grows must have arrived when offers end
-        way = number / len(steps) if self.macs <= 1 else min(number / max(last_offer, 1), 1.0)
-        target = full * self.macs**way
-        offered = self.offer * full if number <= last_offer else 0.0
-        market = _Market.open(situation, self.diminishing, self.min_width, self.macs)
-        price, announced = market.remove_down_to(target - offered)
-        market.take_back_up_to(target - offered)
-        if offered:
-            market.insert_up_to(target)
-        return Decision(
-            plan=market.plan(), target_macs=round(target), price=price, announced=announced - market.regained
-        )
+        return number, len(steps), self.offer > 0 and number <= len(steps) - max(self.grace, 1)
+
+    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
+        """No trial."""
+        return {}
+
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        """Twice what was announced and the tolerance."""
+        return 2 * (decision.announced or 0.0) + self.tolerance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget(Editing):
+    """Ends at a given cost, and allocates it freely among the layers.
+
+    macs: the target; up to 100 as a share of the MACs at the start (0.5; above 1 a larger network), above 100 as
+        multiply-accumulates of one sample.
+    params: the same in parameters, instead of MACs.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        Editing.__post_init__(self)
+        if self.macs is None and self.params is None:
+            object.__setattr__(self, "macs", 0.5)
+        if self.macs is not None and self.params is not None:
+            raise BudgetError(f"budget macs={self.macs:g} and params={self.params:g}: pass one of the two")
+        if not self.target > 0:
+            raise BudgetError(
+                f"budget {self.what}={self.target:g} is impossible: pass a share of the starting network above 0"
+            )
+
+    @property
+    def what(self) -> Literal["macs", "params"]:
+        """The name of the cost that is bounded."""
+        return "macs" if self.params is None else "params"
+
+    @property
+    def target(self) -> float:
+        """The bound as it was given, a share or an absolute number."""
+        given = self.macs if self.params is None else self.params
+        assert given is not None
+        return given
+
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+        """Raises BudgetError if the target is below what minimum widths cost, or above the start without insertion."""
+        Editing.check(self, macs, widths)
+        cost = self._bounded(macs, params)
+        full = cost.at(widths)
+        share = self._share(full)
+        kept = self.protected(tuple(widths))
+        least = cost.at({n: width if n in kept else min(width, self.min_width) for n, width in widths.items()})
+        said = f"budget {self.what}={self.target:g}"
+        if share * full < least:
+            raise BudgetError(
+                f"{said} is below the least that minimum widths allow ({least / full:.3g} of the "
+                f"starting network at min_width={self.min_width}): raise {self.what} or lower min_width"
+            )
+        if share > 1 and self.offer == 0:
+            raise BudgetError(f"{said} needs insertion, which offer=0 turns off: set offer above 0")
+        if share > 1 and self.count <= max(self.grace, 1):
+            raise BudgetError(
+                f"{said} needs insertion, and the last {max(self.grace, 1)} of {self.count} reviews "
+                "insert nothing: raise count or lower grace"
+            )
+
+    def _bounded(self, macs: CostOfWidths, params: CostOfWidths | None) -> CostOfWidths:
+        """The cost that the target is about."""
+        if self.params is None:
+            return macs
+        if params is None:
+            raise BudgetError(f"budget params={self.params:g} needs to know what a channel costs in parameters")
+        return params
+
+    def _share(self, full: float) -> float:
+        """The target as a share of the cost at the start."""
+        return self.target if self.target <= ABSOLUTE else self.target / full
+
+    def decide(self, situation: Situation) -> Decision:
+        """Removes the filters of least profit down to this review's target, less what newborns are offered."""
+        cost = self._bounded(situation.macs, situation.params)
+        number, reviews, offering = self.standing(situation)
+        full = cost.at({books.name: books.width_start for books in situation.books})
+        share = self._share(full)
+        last_offer = reviews - max(self.grace, 1)  # a network that grows must have arrived when offers end
+        way = number / reviews if share <= 1 else min(number / max(last_offer, 1), 1.0)
+        market = _Market.opened(situation, self, cost, share * full)
+        target = full * share**way
+        if number < reviews:
+            target = max(target, (1 - self.max_move) * cost.at(market.widths))
+        return market.deal(target, self.offer * full if offering else 0.0)
 
     def bearable(self, decision: Decision, *, last: bool) -> float:
         """Twice what was announced and the tolerance; anything at the last review."""
-        return math.inf if last else 2 * (decision.announced or 0.0) + self.tolerance
+        return math.inf if last else Editing.bearable(self, decision, last=last)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price(Editing):
+    """Lets widths settle where the marginal profit is zero: where a MAC earns what it costs.
+
+    nats_per_model: what the whole compute of the starting network is worth, in nats per sample; every MAC costs the
+        same share of it.
+    slice: share of the present MACs by which each review's trial narrows the network. What the loss rises then is what
+        the slice earns: the network is narrowed where that is less than what the slice costs, widened where it is more.
+    pace: how fast: the change of ln(MACs) at a review is pace x ln(earned / cost), at most `max_move` downwards.
+    """
+
+    nats_per_model: float = 0.2
+    slice: float = 0.2
+    pace: float = 0.4
+
+    def __post_init__(self) -> None:
+        Editing.__post_init__(self)
+        if not self.nats_per_model > 0:
+            raise BudgetError(f"a price of nats_per_model={self.nats_per_model:g} is impossible: pass one above 0")
+        self._check_trial()
+
+    def _check_trial(self) -> None:
+        if not 0 < self.slice < 1 or not self.pace > 0:
+            raise ValueError(f"slice={self.slice:g}, pace={self.pace:g}: need 0 < slice < 1 and pace > 0")
+
+    def costs(self, situation: Situation, widths: Mapping[str, int] | Array) -> float:
+        """What a network of these widths costs, nats per sample."""
+        start = situation.macs.at({books.name: books.width_start for books in situation.books})
+        return self.nats_per_model * situation.macs.at(widths) / start
+
+    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
+        """The removals that narrow the network by a slice, the filters of least profit first."""
+        return self._slice(situation).plan()
+
+    def decide(self, situation: Situation) -> Decision:
+        """Moves the cost towards where it pays, and allocates it as a budget does."""
+        market = self._market(situation)
+        now = situation.macs.at(market.widths)
+        saved = self.costs(situation, market.widths) - self.costs(situation, self._slice(situation).widths)
+        _, _, offering = self.standing(situation)
+        move = self._move(situation.rise, saved)
+        if not offering:
+            move = min(move, 0.0)  # who grows must still be judged
+        decision = market.deal(now * math.exp(move), self.offer * now if offering else 0.0)
+        earned = "unknown" if situation.rise is None else f"{situation.rise:.3g}"
+        note = f"the last {self.slice:.0%} of the MACs earn {earned} nats and cost {saved:.3g}"
+        return replace(decision, notes=(*decision.notes, note))
+
+    def _move(self, rise: float | None, saved: float) -> float:
+        """The change of ln(MACs)."""
+        if rise is None or saved <= 0:
+            return 0.0
+        ratio = min(max(rise / saved, 1 / LIMIT), LIMIT)
+        return max(self.pace * math.log(ratio), math.log(max(1 - self.max_move, 1e-9)))
+
+    def _market(self, situation: Situation) -> _Market:
+        widths = {books.name: len(books.worth) for books in situation.books}
+        return _Market.opened(situation, self, situation.macs, situation.macs.at(widths))
+
+    def _slice(self, situation: Situation) -> _Market:
+        """The market after the trial."""
+        market = self._market(situation)
+        market.remove_down_to((1 - self.slice) * situation.macs.at(market.widths))
+        return market
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auto(Price):
+    """Needs no target and no price: finds the widths that the data justify.
+
+    Every parameter costs `nats_per_parameter` / `samples` nats per sample, whatever the starting network. The form is
+    that of description length: a parameter learnt from n samples is worth its place if it saves a fixed number of nats
+    over all of them together (Akaike 1974: one; Schwarz 1978: ln(n) / 2). Deep networks share their parameters' work,
+    so the number is far below these; the default was chosen on held-out images (docs/decisions/008).
+
+    samples: training samples; must be given (`autowidth train` does).
+    """
+
+    nats_per_parameter: float = 0.03
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        Editing.__post_init__(self)
+        self._check_trial()
+        if not self.nats_per_parameter > 0:
+            raise BudgetError(f"nats_per_parameter={self.nats_per_parameter:g} is impossible: pass a number above 0")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples={self.samples}: pass the number of training samples, at least 1")
+
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+        """Raises BudgetError where the number of samples is not known."""
+        Editing.check(self, macs, widths, params)
+        if self.samples is None:
+            raise BudgetError("Auto needs the number of training samples: pass Auto(samples=len(dataset))")
+
+    def costs(self, situation: Situation, widths: Mapping[str, int] | Array) -> float:
+        """What a network of these widths costs, nats per sample."""
+        assert situation.params is not None and self.samples is not None, "checked at the door"
+        return self.nats_per_parameter * situation.params.at(widths) / self.samples
+
+
+ABSOLUTE = 100.0
+"""Above this a target is an absolute number, up to it a share of the start."""
+
+LIMIT = 10.0
+"""Earnings count as at most this many times the price, and at least one over it: a trial measures with noise."""
 
 
 def shrunk(decision: Decision, worths: Mapping[str, Sequence[float]]) -> Decision:
@@ -219,102 +432,142 @@ def uniform_share(macs: CostOfWidths, widths: Mapping[str, int], target: float) 
 class _Market:
     """Widths on the way from now to the plan: the weakest filters leave, newborns enter where filters earn most."""
 
-    macs: CostOfWidths
-    books: dict[str, Books]
+    cost: CostOfWidths
+    editing: Editing
+    books: list[Books]
     ranked: list[list[int]]
     share: Array
     widths: Array
-    least: Array
-    exponent: float
-    gone: list[list[int]]
+    gone: list[list[tuple[int, ...]]]
     born: list[int]
     typical: Array
-    regained: float = 0.0
+    open: NDArray[np.bool_]
 
     @classmethod
-    def open(cls, situation: Situation, exponent: float, min_width: int, target: float) -> _Market:
-        """The market at the start of a review."""
-        names = situation.macs.names
-        books = {b.name: b for b in situation.books}
-        start = {name: books[name].width_start for name in names}
-        factor = uniform_share(situation.macs, start, target * situation.macs.at(start))
-        ranked = [
-            sorted((c for c, grace in enumerate(books[n].grace) if not grace), key=books[n].worth.__getitem__)
-            for n in names
-        ]
+    def opened(cls, situation: Situation, editing: Editing, cost: CostOfWidths, target: float) -> _Market:
+        """The market at the start of a review that aims, in the end, at this cost."""
+        by_name = {b.name: b for b in situation.books}
+        books = [by_name[name] for name in cost.names]
+        start = {b.name: b.width_start for b in books}
+        factor = uniform_share(cost, start, target)
+        kept = editing.protected(cost.names)
         return cls(
-            macs=situation.macs,
+            cost=cost,
+            editing=editing,
             books=books,
-            ranked=ranked,
-            share=np.array([start[n] * factor for n in names]),
-            widths=np.array([len(books[n].worth) for n in names], dtype=np.float64),
-            least=np.array([min_width for _ in names], dtype=np.float64),
-            exponent=exponent,
-            gone=[[] for _ in names],
-            born=[0 for _ in names],
-            typical=np.array([_typical(books[n]) for n in names]),
+            ranked=[
+                sorted((c for c, grace in enumerate(b.grace) if not grace), key=b.worth.__getitem__) for b in books
+            ],
+            share=np.array([b.width_start * factor for b in books]),
+            widths=np.array([len(b.worth) for b in books], dtype=np.float64),
+            gone=[[] for _ in books],
+            born=[0 for _ in books],
+            typical=np.array([editing.newborn * _typical(b) for b in books]),
+            open=np.array([b.name not in kept for b in books]),
         )
 
+    def deal(self, target: float, offered: float) -> Decision:
+        """Removes down to the target less what is offered to newborns, who take of it what they can pay for.
+
+        What they leave goes back to the strongest of those removed.
+        """
+        price, announced = self.remove_down_to(target - offered)
+        regained = self.take_back_up_to(target - offered)
+        if offered:
+            self.insert_up_to(target, price or 0.0)
+            regained += self.take_back_up_to(target)
+        return Decision(plan=self.plan(), target_macs=round(target), price=price, announced=announced - regained)
+
     def _density(self, worth: Array, left: Array) -> Array:
-        """Worth per MAC, under the prior of diminishing returns, if `left` channels are left in each group."""
-        prior = (self.share / np.maximum(left, 0.5)) ** self.exponent
-        return worth * prior / np.maximum(self.macs.of_channel(self.widths), 1.0)
+        """Worth per unit of cost, under the prior of diminishing returns, if `left` channels are left in each group."""
+        prior = (self.share / np.maximum(left, 0.5)) ** self.editing.diminishing
+        return worth * prior / np.maximum(self.cost.of_channel(self.widths), 1e-12)
 
     def remove_down_to(self, target: float) -> tuple[float | None, float]:
-        """Removes the filter of least worth per MAC until the cost is met. Returns (price, sum of worths)."""
+        """Removes the filters of least worth per MAC until the cost is met. Returns (price, sum of worths)."""
         price, announced = None, 0.0
-        while self.macs.at(self.widths) > target:
-            weakest = np.array([self._next_worth(g) for g in range(len(self.ranked))])
-            density = np.where(np.isfinite(weakest), self._density(np.maximum(weakest, 0.0), self.widths - 1), np.inf)
+        while self.cost.at(self.widths) > target:
+            blocks = [self._next_block(g) for g in range(len(self.books))]
+            weakest = np.array([self._mean_worth(g, block) for g, block in enumerate(blocks)])
+            left = self.widths - np.array([max(len(block), 1) for block in blocks])
+            density = np.where(np.isfinite(weakest), self._density(np.maximum(weakest, 0.0), left), np.inf)
             density = np.where(np.isfinite(weakest) & (weakest < 0), weakest, density)
             g = int(np.argmin(density))
             if not np.isfinite(density[g]):
                 break
             price = float(density[g])
-            announced += max(float(weakest[g]), 0.0)
-            self.gone[g].append(self.ranked[g].pop(0))
-            self.widths[g] -= 1
+            announced += self._worth(g, blocks[g])
+            self.gone[g].append(blocks[g])
+            del self.ranked[g][: len(blocks[g])]
+            self.widths[g] -= len(blocks[g])
         return price, announced
 
-    def _next_worth(self, g: int) -> float:
-        """The worth of the weakest filter that may still leave group g; infinite if none may."""
-        if not self.ranked[g] or self.widths[g] <= self.least[g]:
-            return np.inf
-        return self.books[self.macs.names[g]].worth[self.ranked[g][0]]
+    def _next_block(self, g: int) -> tuple[int, ...]:
+        """The weakest filters that leave group g together, down to the next multiple; empty where none may."""
+        width, multiple = int(self.widths[g]), self.editing.multiple
+        left = (width - 1) // multiple * multiple
+        count = width - left
+        if not self.open[g] or left < self.editing.min_width or count > len(self.ranked[g]):
+            return ()
+        return tuple(self.ranked[g][:count])
 
-    def take_back_up_to(self, target: float) -> None:
-        """Takes back removed filters that still fit under the target, the strongest first: fine adjustment."""
-        last = [(self.books[self.macs.names[g]].worth[c], g, c) for g, out in enumerate(self.gone) for c in out]
-        for worth, g, c in sorted(last, reverse=True):
-            self.widths[g] += 1
-            if self.macs.at(self.widths) <= target:
-                self.gone[g].remove(c)
-                self.regained += max(worth, 0.0)
+    def _mean_worth(self, g: int, block: tuple[int, ...]) -> float:
+        """The mean worth of the filters of a block; infinite for an empty one."""
+        return float(np.mean([self.books[g].worth[c] for c in block])) if block else np.inf
+
+    def _worth(self, g: int, block: tuple[int, ...]) -> float:
+        """What taking these filters away is announced to cost: what single ones promise to gain counts for nothing."""
+        return sum(max(self.books[g].worth[c], 0.0) for c in block)
+
+    def take_back_up_to(self, target: float) -> float:
+        """Takes back removed filters that still fit, the strongest first: fine adjustment. Returns their worths."""
+        regained, open_to = 0.0, {g for g, blocks in enumerate(self.gone) if blocks}
+        while open_to:
+            g = max(sorted(open_to), key=lambda g: self._mean_worth(g, self.gone[g][-1]))
+            block = self.gone[g][-1]
+            self.widths[g] += len(block)
+            if self.cost.at(self.widths) <= target:
+                self.gone[g].pop()
+                regained += self._worth(g, block)
             else:
-                self.widths[g] -= 1
+                self.widths[g] -= len(block)
+            if not self.gone[g] or self.gone[g][-1] == block:
+                open_to.remove(g)
+        return regained
 
-    def insert_up_to(self, target: float) -> None:
-        """Inserts one channel at a time where a typical filter, under the prior, earns most per MAC."""
-        open_to = np.ones(len(self.born), dtype=bool)
+    def insert_up_to(self, target: float, price: float) -> None:
+        """Inserts channels where a typical filter, under the prior, earns most per MAC, and more than the price.
+
+        A group grows to its next multiple at a time.
+        """
+        open_to, multiple = self.open.copy(), self.editing.multiple
         while open_to.any():
             density = np.where(open_to, self._density(self.typical, self.widths + 1), -np.inf)
             g = int(np.argmax(density))
-            self.widths[g] += 1
-            if self.macs.at(self.widths) <= target:
-                self.born[g] += 1
+            if density[g] < price:
+                return
+            count = multiple - int(self.widths[g]) % multiple
+            self.widths[g] += count
+            if self.cost.at(self.widths) <= target:
+                self.born[g] += count
             else:
-                self.widths[g] -= 1
+                self.widths[g] -= count
                 open_to[g] = False
 
     def plan(self) -> dict[str, IndexMap]:
         """The index maps of the groups that change."""
         plan = {}
-        for name, gone, born in zip(self.macs.names, self.gone, self.born, strict=True):
-            width = len(self.books[name].worth)
-            index_map = IndexMap.removing(gone, width).inserting(born)
+        for books, blocks, born in zip(self.books, self.gone, self.born, strict=True):
+            gone = [c for block in blocks for c in block]
+            index_map = IndexMap.removing(gone, len(books.worth)).inserting(born)
             if not index_map.is_identity:
-                plan[name] = index_map
+                plan[books.name] = index_map
         return plan
+
+
+def _judged(books: Books) -> list[int]:
+    """The channels that may be judged, the one of least worth first."""
+    return sorted((c for c, grace in enumerate(books.grace) if not grace), key=books.worth.__getitem__)
 
 
 def _typical(books: Books) -> float:

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,18 +31,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from autowidth.channels import ChannelMap
 from autowidth.checkpoint import HISTORY, MODEL, RUN, save
-from autowidth.engine import AutoWidth, Effort
+from autowidth.engine import AutoWidth, Criterion, Effort
 from autowidth.history import Event, History
+from autowidth.lab.baselines.training import TrainingRule
 from autowidth.lab.data import Batches, ImageSet, load
 from autowidth.lab.models import MODELS, UnknownModelError, resolve, spec
-from autowidth.policy import Budget, Never, Policy
+from autowidth.policy import Auto, Budget, Never, Policy, Price
 
 
 class SettingsError(ValueError):
@@ -80,11 +81,14 @@ class Settings(BaseModel):
     data: str = Field("digits", description="digits, cifar10:PATH, folder:PATH or hf:NAME")
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     edit: bool = Field(True, description="review and resize; without it the run is plain training")
-    budget: Budget = Field(Budget(), description="the policy: the target and the schedule of the reviews")
+    auto: Auto = Field(Auto(), description="the policy where there is no other: finds the widths and the target")
+    budget: Budget | None = Field(None, description="the policy that ends at a given cost")
+    price: Price | None = Field(None, description="the policy that ends where a MAC earns what it costs")
     effort: Effort = Field(Effort(), description="how much a review looks at")
     epochs: int = Field(120, ge=1, description="passes over the training images")
     batch_size: int = Field(64, ge=1, description="images per optimizer step")
     lr: float = Field(0.1, gt=0, description="peak of the one-cycle learning rate")
+    cycles: int = Field(1, ge=1, description="equal parts of the run, each with a learning rate cycle of its own")
     momentum: float = Field(0.9, gt=0, lt=1, description="Nesterov momentum of SGD")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay, not applied to norms and biases")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the run in which the learning rate rises")
@@ -99,10 +103,24 @@ class Settings(BaseModel):
     holdout: float = Field(
         0.0, ge=0, lt=1, description="evaluate on this share of the training images, not on the test"
     )
+    looks: int | None = Field(
+        None, ge=1, description="how often to evaluate, evenly spaced; not given: after every epoch"
+    )
     limit: int | None = Field(None, ge=1, description="keep this many training images")
     pool: int = Field(1, ge=1, description="average this many pixels by as many into one")
     size: int | None = Field(None, ge=1, description="side to which images of a folder or of the hub are resized")
     out: Path | None = Field(None, description="folder that the run is written to; None writes nothing")
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Settings:
+        if self.budget is not None and self.price is not None:
+            raise ValueError("a budget and a price are both given: keep one of them")
+        return self
+
+    @property
+    def policy(self) -> Policy:
+        """What decides on the widths by these settings."""
+        return (self.budget or self.price or self.auto) if self.edit else Never()
 
 
 def settings_from(given: Mapping[str, object], *, config: Path | None = None) -> Settings:
@@ -159,7 +177,7 @@ def _toml(text: str, path: Path) -> dict[str, Any]:
 
 def _complaint(error: Any, where: str) -> str:
     """One of pydantic's errors for a person: the field, what was wrong, what was got."""
-    name = ".".join(map(str, error["loc"]))
+    name = ".".join(map(str, error["loc"])) or "policy"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _field_names()
         leaf = name.rsplit(".", 1)[-1]
@@ -175,7 +193,7 @@ def _complaint(error: Any, where: str) -> str:
 
 def _field_names() -> list[str]:
     """All settings, those of tables behind a dot."""
-    tables = {"budget": fields(Budget), "effort": fields(Effort)}
+    tables = {"auto": fields(Auto), "budget": fields(Budget), "price": fields(Price), "effort": fields(Effort)}
     flat = [name for name in Settings.model_fields if name not in tables]
     return flat + [f"{table}.{f.name}" for table, found in tables.items() for f in found]
 
@@ -225,7 +243,8 @@ class Result:
     """What a run ended with. Accuracy is a share, loss in nats per image, MACs those of one image.
 
     `part` says on which images accuracy and loss were measured. `seconds` is the wall time of the loop with its
-    evaluations, `review_seconds` the part of it that reviews took. `inserted_alive` counts inserted filters that are
+    evaluations, `review_seconds` the part of it that reviews took, `cpu_seconds` the processor time of the loop, on
+    which other processes of a busy machine weigh less. `inserted_alive` counts inserted filters that are
     still there.
     """
 
@@ -245,6 +264,7 @@ class Result:
     inserted_alive: int
     reviews: int
     seconds: float
+    cpu_seconds: float
     review_seconds: float
     device: str
     threads: int
@@ -271,10 +291,27 @@ SMALL = 16
 little on them, and on a busy machine they wait for each other most of the time."""
 
 
-def train(settings: Settings, *, report: Report = _silent, policy: Policy | None = None) -> Result:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What takes the place of the settings' policy and of our criterion; as it stands, it changes nothing.
+
+    policy: None for that of the settings. criterion: None for our worth. compensate: whether peers take over what is
+    removed. rule: what is done to the weights while they train, until the policy's last review.
+    """
+
+    policy: Policy | None = None
+    criterion: Criterion | None = None
+    compensate: bool = True
+    rule: TrainingRule | None = None
+
+
+def train(
+    settings: Settings, *, report: Report = _silent, method: Method | None = None, network: nn.Module | None = None
+) -> Result:
     """Trains a network by these settings and returns what came out; with `out` set, writes it there.
 
-    `policy` takes the place of the settings' budget. Seeds the global generators of Python, numpy and torch.
+    `method` says otherwise where it says something; `network` is what training starts from, None for a fresh one as
+    the settings name it. Seeds the global generators of Python, numpy and torch.
 
     Raises, before training: FolderError, DeviceError, ModelError, UnknownModelError, DataError, UnknownDataError,
     TraceError, BudgetError, NothingToResizeError. Raises FloatingPointError where a loss is not finite, and OSError
@@ -286,8 +323,8 @@ def train(settings: Settings, *, report: Report = _silent, policy: Policy | None
     images = load_images(settings).to(device)
     _seed_everything(settings.seed)
     with _threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)):
-        network = build_network(settings, images).to(device)
-        run = _Run(settings, images, network, policy or (settings.budget if settings.edit else Never()))
+        network = (network or build_network(settings, images)).to(device)
+        run = _Run(settings, images, network, method or Method())
         run.follow(report)
         result = run.result()
     if settings.out is not None:
@@ -299,8 +336,12 @@ def train(settings: Settings, *, report: Report = _silent, policy: Policy | None
 class _Run:
     """The loop and what it holds."""
 
-    def __init__(self, settings: Settings, images: ImageSet, network: nn.Module, policy: Policy) -> None:
+    def __init__(self, settings: Settings, images: ImageSet, network: nn.Module, method: Method) -> None:
+        policy = method.policy or settings.policy
+        if isinstance(policy, Auto) and policy.samples is None:
+            policy = replace(policy, samples=len(images.train))
         self.settings = settings
+        self.rule = method.rule
         self.network = network
         self.device = images.train.images.device
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -313,19 +354,22 @@ class _Run:
         self.optimizer = SGD(
             decayed_and_not(network, settings.weight_decay), settings.lr, settings.momentum, nesterov=True
         )
-        self.schedule = LambdaLR(self.optimizer, lambda n: one_cycle((n + 1) / (self.total_steps + 1), settings.warmup))
+        self.schedule = LambdaLR(self.optimizer, self._rate)
+        self.ruled = max(policy.reviews(self.total_steps), default=self.total_steps) if self.rule else 0
         self.engine = AutoWidth(
             network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
             probe=probe_batches(images, settings.seed), loss_fn=self.loss_fn, policy=policy,
             total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
+            criterion=method.criterion, compensate=method.compensate,
         )  # fmt: skip
         self.accuracy: float | None = None
         self.loss: float | None = None
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
 
     def follow(self, report: Report) -> None:
-        """Trains, evaluates after every epoch, reports. Raises FloatingPointError for a loss that is not finite."""
-        began = time.perf_counter()
+        """Trains, evaluates, reports after every epoch. Raises FloatingPointError for a loss that is not finite."""
+        began, worked = time.perf_counter(), time.process_time()
         report(self._progress("start", 0, None))
         for epoch in range(1, self.settings.epochs + 1):
             total = torch.zeros((), device=self.device)
@@ -336,10 +380,19 @@ class _Run:
                     mean = _finite(total.item() / number, "training loss", self.engine.steps, self.settings.lr)
                     self.seconds = time.perf_counter() - began
                     report(self._progress("review" if event else "batches", epoch, mean))
-            self.accuracy, self.loss = evaluate(self.network, self.images.plain_batches(self.part, 1000), self.format)
-            _finite(self.loss, f"loss on the {self.part} images", self.engine.steps, self.settings.lr)
-            self.seconds = time.perf_counter() - began
+            if self.rule and self.engine.steps < self.ruled:
+                self.rule.after_epoch(self.network, self.engine.channel_map, self.engine.steps / self.ruled)
+            if self._looks_after(epoch):
+                batches = self.images.plain_batches(self.part, 1000)
+                self.accuracy, self.loss = evaluate(self.network, batches, self.format)
+                _finite(self.loss, f"loss on the {self.part} images", self.engine.steps, self.settings.lr)
+            self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - worked
             report(self._progress("epoch", epoch, mean))
+
+    def _looks_after(self, epoch: int) -> bool:
+        """Whether the network is evaluated after this epoch; always after the last one."""
+        looks, epochs = self.settings.looks or self.settings.epochs, self.settings.epochs
+        return epoch * looks // epochs > (epoch - 1) * looks // epochs
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimizer step on images (B, C, H, W) and labels (B,); returns the loss, a scalar."""
@@ -348,9 +401,20 @@ class _Run:
             loss = self.loss_fn(self.network(x.contiguous(memory_format=self.format)), y)
         self.optimizer.zero_grad()
         loss.backward()
+        ruled = self.rule if self.engine.steps < self.ruled else None
+        if ruled:
+            ruled.after_backward(self.network, self.engine.channel_map, self.engine.steps / self.ruled)
         self.optimizer.step()
+        if ruled:
+            rate = float(self.schedule.get_last_lr()[0])
+            ruled.after_step(self.network, self.engine.channel_map, self.engine.steps / self.ruled, rate)
         self.schedule.step()
         return loss.detach()
+
+    def _rate(self, step: int) -> float:
+        """Share of the peak learning rate at this step, counted from 0 and over all cycles."""
+        cycle = -(-self.total_steps // self.settings.cycles)
+        return one_cycle((step % cycle + 1) / (cycle + 1), self.settings.warmup)
 
     def _progress(self, moment: Moment, epoch: int, loss: float | None) -> Progress:
         engine = self.engine
@@ -370,8 +434,9 @@ class _Run:
             accuracy=self.accuracy, loss=self.loss, macs=engine.macs, macs_start=engine.macs_start,
             params=engine.params, params_start=engine.params_start, removed=history.removed_total,
             inserted=history.inserted_total, inserted_alive=history.inserted_alive, reviews=len(history),
-            seconds=self.seconds, review_seconds=engine.review_seconds, device=str(self.device),
-            threads=torch.get_num_threads(), widths_start=history.widths_start, widths=engine.widths,
+            seconds=self.seconds, cpu_seconds=self.cpu_seconds, review_seconds=engine.review_seconds,
+            device=str(self.device), threads=torch.get_num_threads(), widths_start=history.widths_start,
+            widths=engine.widths,
             out=None if settings.out is None else str(settings.out),
             network=self.network, channel_map=engine.channel_map, history=history,
         )  # fmt: skip
