@@ -5,6 +5,7 @@ A suite is a list of units and a function that turns a unit into records. Under 
     DIR/SUITE/UNIT.json     one finished unit: settings, machine, versions, records, raw numbers; written at once or not
     DIR/SUITE.json          the records of all finished units
     DIR/SUITE.md            the same as tables for people
+    DIR/SUITE.svg           the same as a picture, where the suite has one
 
 A unit whose file exists is not run again. Every unit has a process of its own, with one CPU thread.
 """
@@ -80,6 +81,7 @@ class Suite:
     """Units, the function that runs one (importable by name: it runs in another process), and the tables it ends in.
 
     `apart` names the settings in which units of one suite may differ; all others must be equal in one folder.
+    `draw`, if any, writes a picture of the records to a file.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Suite:
     run: Callable[[Mapping[str, Any]], Outcome]
     table: Callable[[Sequence[Record]], str]
     apart: frozenset[str]
+    draw: Callable[[Sequence[Record], Path], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,8 @@ def merge(suite: Suite, out: Path) -> list[Record]:
     records = [record for file in files for record in _read(file)["records"]]
     _write(out / f"{suite.name}.json", _listed(records))
     _write(out / f"{suite.name}.md", suite.table(records))
+    if suite.draw is not None:
+        suite.draw(records, out / f"{suite.name}.svg")
     return records
 
 
@@ -197,7 +202,7 @@ def _check(suite: Suite, place: Path) -> None:
         found = _read(file)
         for wanted in asked.values():
             for name, value in wanted.items():
-                got = found["settings"].get(name)
+                got = found["settings"].get(name, value)  # of another method, which has no such setting
                 if name not in suite.apart and got != value:
                     raise BenchError(
                         f"{file} was made with {name} {_brief(got, value)}, here it is {_brief(value, got)}: "

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
-from autowidth.lab.bench import Suite
+from autowidth.lab.bench import BenchError, Suite
+from autowidth.lab.suites.compare import RECIPES, comparison
 from autowidth.lab.suites.fidelity import fidelity
 
 
@@ -13,24 +17,24 @@ class UnknownSuiteError(ValueError):
     """A name that is no suite."""
 
 
-SUITES: Mapping[str, Callable[..., Suite]] = {"fidelity": fidelity}
+SUITES: Mapping[str, Callable[..., Suite]] = {
+    "fidelity": fidelity,
+    **{name: partial(comparison, name) for name in RECIPES},
+}
 """The suites by name. Each takes the keywords data, models, seeds and epochs, and may take more."""
 
 
-def find_suite(
-    name: str,
-    *,
-    data: str | None = None,
-    models: Sequence[str] = (),
-    seeds: Sequence[int] = (0,),
-    epochs: int | None = None,
-) -> Suite:
-    """The suite of this name, on these data, models and seeds; what is not given is the suite's own choice.
+def find_suite(name: str, **asked: Any) -> Suite:
+    """The suite of this name, on the data, models, seeds and whatever else is asked for; the rest is its own choice.
 
-    Raises UnknownSuiteError with close names, and what the suite raises.
+    Raises UnknownSuiteError with close names, BenchError for what the suite does not know, and what it raises.
     """
     if name not in SUITES:
         close = difflib.get_close_matches(name, SUITES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UnknownSuiteError(f"no suite is named {name!r}; allowed are {', '.join(SUITES)}{hint}")
-    return SUITES[name](data=data, models=models, seeds=seeds, epochs=epochs)
+    known = inspect.signature(SUITES[name]).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if not takes_all and (unknown := sorted(set(asked) - set(known))):
+        raise BenchError(f"the suite {name} knows no {' and no '.join(unknown)}; allowed are {', '.join(known)}")
+    return SUITES[name](**asked)

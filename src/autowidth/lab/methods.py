@@ -1,0 +1,322 @@
+"""The methods that are compared: ours, its ablations, controls, published criteria and schedules, peers; a row each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from autowidth.channels import ChannelMap, IndexMap
+from autowidth.cost import macs_cost
+from autowidth.engine import Criterion
+from autowidth.lab.baselines import CRITERIA, TRAINING
+from autowidth.lab.models import initialise
+from autowidth.lab.peers import torch_pruned
+from autowidth.lab.train import Method, Result, Settings, build_network, load_images, train
+from autowidth.policy import Budget, BudgetError, CostOfWidths, Decision, Never, Policy, Situation, uniform_share
+from autowidth.probe import Loss, effective_weights, probe
+from autowidth.profit import parts, peers
+from autowidth.surgery import apply_
+from autowidth.trace import trace
+
+SECOND_PHASE = 2**16
+"""Added to the seed for fine-tuning: its order and augmentation are not those of training once more."""
+
+
+class UnknownMethodError(ValueError):
+    """A name that is no method."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a method has to do: train by these settings and end at this share of the dense network's MACs.
+
+    `settings.width` is the factor on all widths at the start; `macs` counts from the network with the factor one.
+    """
+
+    settings: Settings
+    macs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """What a method ended with. `policy` says in two words who chose the widths."""
+
+    method: str
+    policy: str
+    result: Result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneShot:
+    """Removes once, at the share `at` of the run, and never inserts: how most published methods prune.
+
+    scope: `layer` leaves every channel group the same share of its filters, those of most worth; `network` removes
+    the filters of least worth wherever they are, at whatever they cost, until the target is met.
+    """
+
+    macs: float
+    at: float = 0.5
+    scope: Literal["layer", "network"] = "layer"
+    min_width: int = 2
+    grace: int = 0
+
+    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+        """Raises BudgetError for a target above the start or below what minimum widths cost."""
+        least = macs.at({name: min(width, self.min_width) for name, width in widths.items()}) / macs.at(widths)
+        if not least <= self.macs <= 1:
+            raise BudgetError(f"one-shot pruning to macs={self.macs:g} is impossible: allowed are {least:.3g} to 1")
+
+    def reviews(self, total_steps: int) -> tuple[int, ...]:
+        """The one step."""
+        return (max(1, round(self.at * total_steps)),)
+
+    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
+        """No trial."""
+        return {}
+
+    def decide(self, situation: Situation) -> Decision:
+        """The filters to remove."""
+        names = situation.macs.names
+        worths = {books.name: books.worth for books in situation.books}
+        target = self.macs * situation.macs.at({name: len(worth) for name, worth in worths.items()})
+        widths = self._by_layer if self.scope == "layer" else self._by_network
+        left = widths(situation.macs, worths, target)
+        plan = {}
+        for name in names:
+            order = sorted(range(len(worths[name])), key=worths[name].__getitem__)
+            gone = order[: len(order) - left[name]]
+            if gone:
+                plan[name] = IndexMap.removing(gone, len(order))
+        return Decision(plan=plan, target_macs=round(target))
+
+    def _by_layer(self, macs: CostOfWidths, worths: Mapping[str, Sequence[float]], target: float) -> dict[str, int]:
+        return uniform_widths(macs, {name: len(worth) for name, worth in worths.items()}, target, self.min_width)
+
+    def _by_network(self, macs: CostOfWidths, worths: Mapping[str, Sequence[float]], target: float) -> dict[str, int]:
+        left = {name: len(worth) for name, worth in worths.items()}
+        for worth, name in sorted((w, name) for name, found in worths.items() for w in found):
+            if macs.at(left) <= target or math.isinf(worth):
+                break
+            left[name] = max(left[name] - 1, min(self.min_width, left[name]))
+        return left
+
+    def bearable(self, decision: Decision, *, last: bool) -> float:
+        """Anything: a published method does not look at what it does."""
+        return math.inf
+
+
+def uniform_widths(macs: CostOfWidths, widths: Mapping[str, int], target: float, min_width: int = 1) -> dict[str, int]:
+    """The widths of a uniformly narrowed (or widened) network that costs as much as fits under the target."""
+    factor = uniform_share(macs, widths, target)
+    scaled = {name: max(round(width * factor), min_width) for name, width in widths.items()}
+    while macs.at(scaled) > target and factor > 0.01:
+        factor *= 0.995
+        scaled = {name: max(round(width * factor), min_width) for name, width in widths.items()}
+    return scaled
+
+
+def fresh_network(settings: Settings, widths: Callable[[ChannelMap], Mapping[str, int]]) -> nn.Module:
+    """A network as the settings name it, with other widths and weights drawn anew from the settings' seed."""
+    images = load_images(settings)
+    torch.manual_seed(settings.seed)
+    network = build_network(settings, images)
+    channel_map = trace(network, torch.zeros(2, *images.image_shape))
+    wanted = widths(channel_map)
+    plan = {g.name: _to_width(g.width, wanted[g.name]) for g in channel_map.groups if g.width != wanted[g.name]}
+    if plan:
+        apply_(network, channel_map, plan)
+    torch.manual_seed(settings.seed)
+    initialise(network)
+    return network
+
+
+def _to_width(width: int, wanted: int) -> IndexMap:
+    removing = IndexMap.removing(range(wanted, width), width)
+    return removing.inserting(max(wanted - width, 0))
+
+
+def dense_macs(settings: Settings) -> float:
+    """The MACs of the network with the factor one on its widths."""
+    images = load_images(settings)
+    network = build_network(settings.model_copy(update={"width": 1.0}), images)
+    channel_map = trace(network, torch.zeros(2, *images.image_shape))
+    return macs_cost(channel_map).at(channel_map.widths)
+
+
+def _of_start(task: Task) -> float:
+    """The target as a share of the starting network's MACs, which policies count from."""
+    if task.settings.width == 1:
+        return task.macs
+    images = load_images(task.settings)
+    channel_map = trace(build_network(task.settings, images), torch.zeros(2, *images.image_shape))
+    return task.macs * dense_macs(task.settings) / macs_cost(channel_map).at(channel_map.widths)
+
+
+# ---- ours and its ablations ------------------------------------------------------------------------------------------
+
+
+def ours(
+    task: Task, *, name: str, method: Method | None = None, retrained: bool = False, **budget: Any
+) -> list[Finish]:
+    """Our run under a budget, with parts of it replaced; with `retrained` the same widths trained from scratch."""
+    policy = replace(task.settings.budget or Budget(), macs=_of_start(task), **budget)
+    said = f"budget {task.macs:g}"
+    found = train(task.settings, method=replace(method or Method(), policy=policy))
+    finishes = [Finish(method=name, policy=said, result=found)]
+    if retrained:
+        again = train(
+            task.settings, method=Method(policy=Never()), network=fresh_network(task.settings, lambda _: found.widths)
+        )
+        finishes.append(Finish(method="retrained", policy=said, result=again))
+    return finishes
+
+
+def automatic(task: Task) -> list[Finish]:
+    """Our run without a target."""
+    return [Finish(method="autowidth", policy="auto", result=train(task.settings))]
+
+
+def part_alone(
+    model: nn.Module,
+    channel_map: ChannelMap,
+    batches: Sequence[tuple[Any, Any]],
+    loss_fn: Loss,
+    *,
+    generator: torch.Generator,
+    part: int,
+) -> dict[str, Tensor]:
+    """One of our two profits alone, (width,) by channel group, nats per sample: 0 next-layer, 1 own-layer."""
+    sums = probe(model, channel_map, batches, loss_fn)
+    known = peers(sums, channel_map, effective_weights(model))
+    return {name: found[:, part] for name, found in parts(sums, channel_map, known).items()}
+
+
+# ---- controls --------------------------------------------------------------------------------------------------------
+
+
+def dense(task: Task) -> list[Finish]:
+    """The starting network, trained plainly."""
+    return [Finish(method="dense", policy="none", result=train(task.settings, method=Method(policy=Never())))]
+
+
+def uniform(task: Task) -> list[Finish]:
+    """A uniformly narrowed network of the target's MACs, trained from scratch."""
+
+    def narrowed(channel_map: ChannelMap) -> dict[str, int]:
+        return uniform_widths(macs_cost(channel_map), channel_map.widths, task.macs * dense_macs(task.settings))
+
+    network = fresh_network(task.settings, narrowed)
+    found = train(task.settings, method=Method(policy=Never()), network=network)
+    return [Finish(method="uniform", policy=f"uniform {task.macs:g}", result=found)]
+
+
+# ---- published methods and peers -------------------------------------------------------------------------------------
+
+
+def one_shot(task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"]) -> list[Finish]:
+    """Trains for half of the epochs, prunes by the criterion, fine-tunes for the other half."""
+    policy = OneShot(macs=_of_start(task), scope=scope)
+    settings = task.settings.model_copy(update={"cycles": 2})
+    found = train(settings, method=Method(policy=policy, criterion=criterion, compensate=False))
+    return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=found)]
+
+
+def scheduled(
+    task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"], at: float
+) -> list[Finish]:
+    """Trains under the method's rule, prunes by the criterion at the share `at` of the run, fine-tunes what is left."""
+    target = _of_start(task)
+    images = load_images(task.settings)
+    channel_map = trace(build_network(task.settings, images), torch.zeros(2, *images.image_shape))
+    cost = macs_cost(channel_map)
+    rule = TRAINING[name](widths_left=uniform_share(cost, channel_map.widths, target * cost.at(channel_map.widths)))
+    policy: Policy = OneShot(macs=target, scope=scope, at=at)
+    settings = task.settings.model_copy(update={"cycles": 2 if at < 1 else 1})
+    found = train(settings, method=Method(policy=policy, criterion=criterion, compensate=False, rule=rule))
+    return [Finish(method=name, policy=f"scheduled {task.macs:g}", result=found)]
+
+
+def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "network"], longer: int = 1) -> list[Finish]:
+    """Torch-Pruning as itself: half of the epochs (times `longer`), its pruner, the other half."""
+    half = task.settings.model_copy(update={"epochs": task.settings.epochs * longer // 2})
+    plainly = Method(policy=Never())
+    first = train(half, method=plainly)
+    began = time.perf_counter()
+    network = torch_pruned(
+        first.network, load_images(half), importance=importance, scope=scope, macs=_of_start(task), seed=half.seed
+    )
+    pruning = time.perf_counter() - began
+    rest = half.model_copy(
+        update={"epochs": task.settings.epochs * longer - half.epochs, "seed": half.seed + SECOND_PHASE}
+    )
+    second = train(rest, method=plainly, network=network)
+    whole = replace(
+        second,
+        seed=half.seed,
+        epochs=half.epochs + rest.epochs,
+        macs_start=first.macs_start,
+        params_start=first.params_start,
+        widths_start=first.widths_start,
+        seconds=first.seconds + pruning + second.seconds,
+        cpu_seconds=first.cpu_seconds + second.cpu_seconds,
+        review_seconds=pruning,
+    )
+    name = f"torch-pruning-{importance}-{scope}" + ("" if longer == 1 else f"-x{longer}")
+    return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=whole)]
+
+
+_LAYER_BY_LAYER = (
+    "l1", "l2", "fpgm", "entropy", "hrank", "linear-dependency", "nisp", "channel-lasso", "hrel", "random",
+)  # fmt: skip
+"""Published criteria whose papers give every layer a share of its own; the others rank the whole network."""
+
+_SCHEDULES: Mapping[str, tuple[str, Literal["layer", "network"], float]] = {
+    "slimming": ("bn-scale", "network", 0.5),
+    "sparse-structure": ("sparse-structure", "network", 0.5),
+    "soft": ("l2", "layer", 1.0),
+    "asymptotic": ("l2", "layer", 1.0),
+}
+"""Published schedules: the criterion that removes at the end, its scope, and the share of the run when it does."""
+
+
+def _criterion(name: str) -> Criterion:
+    return CRITERIA[name].worth
+
+
+METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
+    "autowidth": partial(ours, name="autowidth", retrained=True),
+    "autowidth-auto": automatic,
+    "dense": dense,
+    "uniform": uniform,
+    "autowidth-no-insertion": partial(ours, name="autowidth-no-insertion", offer=0.0),
+    "autowidth-no-compensation": partial(ours, name="autowidth-no-compensation", method=Method(compensate=False)),
+    "autowidth-next": partial(ours, name="autowidth-next", method=Method(criterion=partial(part_alone, part=0))),
+    "autowidth-own": partial(ours, name="autowidth-own", method=Method(criterion=partial(part_alone, part=1))),
+    "autowidth-random": partial(ours, name="autowidth-random", method=Method(criterion=_criterion("random"))),
+    "autowidth-l1": partial(ours, name="autowidth-l1", method=Method(criterion=_criterion("l1"))),
+    "torch-pruning-magnitude-layer": partial(torch_pruning, importance="magnitude", scope="layer"),
+    "torch-pruning-magnitude-layer-x2": partial(torch_pruning, importance="magnitude", scope="layer", longer=2),
+    "torch-pruning-magnitude-network": partial(torch_pruning, importance="magnitude", scope="network"),
+    "torch-pruning-taylor-network": partial(torch_pruning, importance="taylor", scope="network"),
+    "torch-pruning-bn-scale-network": partial(torch_pruning, importance="bn-scale", scope="network"),
+    **{
+        name: partial(
+            one_shot, name=name, criterion=_criterion(name), scope="layer" if name in _LAYER_BY_LAYER else "network"
+        )
+        for name in CRITERIA
+        if name not in _SCHEDULES
+    },
+    **{
+        name: partial(scheduled, name=name, criterion=_criterion(criterion), scope=scope, at=at)
+        for name, (criterion, scope, at) in _SCHEDULES.items()
+        if name in TRAINING
+    },
+}
+"""The methods by name: each takes a task and returns what it ended with, and its control where it has one."""

@@ -1,0 +1,232 @@
+"""Comparisons: methods x models x seeds x budgets under one recipe; accuracy, MACs, time, widths."""
+
+from __future__ import annotations
+
+import difflib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
+from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
+from autowidth.lab.models import spec
+from autowidth.lab.plots import accuracy_plot
+from autowidth.lab.train import Settings, settings_from
+
+CHOICES = 5000
+"""Further training images on which choices are made, where test images must not be looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What all methods of a comparison have in common.
+
+    data: the kind of data that must be given, with its default; limit: training images, None for all; train: further
+    settings of the run; minutes: how long one run may take, for the help.
+    """
+
+    data: str | None
+    kind: str
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    epochs: int
+    limit: int | None
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+EVERY = tuple(METHODS)
+
+RECIPES: Mapping[str, Recipe] = {
+    "digits": Recipe(
+        data="digits",
+        kind="digits",
+        models=("resnet8",),
+        methods=("dense", "uniform", "autowidth", "autowidth-no-insertion", "l1", "bn-scale", "random"),
+        epochs=20,
+        limit=None,
+        train={"batch_size": 64},
+    ),
+    "mini": Recipe(
+        data=None,
+        kind="cifar10",
+        models=("resnet20",),
+        methods=EVERY,
+        epochs=16,
+        limit=20_000,
+        train={"batch_size": 128, "pool": 2, "channels_last": True},
+    ),
+    "cifar10": Recipe(
+        data=None,
+        kind="cifar10",
+        models=("vgg16", "resnet56-padding", "densenet40", "googlenet", "mobilenetv2"),
+        methods=("dense", "uniform", "autowidth", "l1", "bn-scale", "torch-pruning-magnitude-network"),
+        epochs=60,
+        limit=None,
+        train={
+            "batch_size": 512, "channels_last": True, "bf16": True, "lr": 0.4, "label_smoothing": 0.1, "device": "auto",
+        },
+    ),
+}  # fmt: skip
+"""The comparisons by name."""
+
+
+def comparison(
+    name: str,
+    *,
+    data: str | None = None,
+    models: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    epochs: int | None = None,
+    methods: Sequence[str] = (),
+    budgets: Sequence[float] = (0.25,),
+    starts: Sequence[float] = (1.0,),
+    choose: bool = False,
+) -> Suite:
+    """The suite `name` of `RECIPES`: a unit for every method, model, seed, budget and start.
+
+    budgets: shares of the MACs of the network with the factor one on its widths; starts: factors on the widths of the
+    starting network; choose: measure accuracy on training images that are held out, never on test images. Raises
+    BenchError, UnknownMethodError, UnknownModelError, SettingsError.
+    """
+    recipe = RECIPES[name]
+    data = data or recipe.data
+    if data is None or data.partition(":")[0] != recipe.kind:
+        raise BenchError(f"the suite {name} measures on {recipe.kind}: pass --data {recipe.kind}:PATH, got {data!r}")
+    for model in models:
+        if ":" not in model:
+            spec(model)
+    _check_methods(methods)
+    units = [
+        _unit(name, recipe, data, method, model, seed, budget, start, epochs or recipe.epochs, choose)
+        for seed in seeds
+        for model in models or recipe.models
+        for budget in budgets
+        for start in starts
+        for method in methods or recipe.methods
+    ]
+    apart = frozenset({"model", "seed", "method", "macs", "start"})
+    return Suite(name=name, units=tuple(units), run=measure, table=table, apart=apart, draw=accuracy_plot)
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    for method in methods:
+        if method not in METHODS:
+            close = difflib.get_close_matches(method, METHODS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UnknownMethodError(f"no method is named {method!r}; allowed are {', '.join(METHODS)}{hint}")
+
+
+def _unit(
+    suite: str, recipe: Recipe, data: str, method: str, model: str, seed: int, macs: float, start: float,
+    epochs: int, choose: bool,
+) -> Unit:  # fmt: skip
+    limit = recipe.limit
+    given: dict[str, Any] = {
+        "model": model, "data": data, "width": start, "epochs": epochs, "seed": seed, "threads": 1, "looks": 1,
+        **recipe.train,
+    }  # fmt: skip
+    if choose:
+        given |= {"limit": limit and limit + CHOICES, "holdout": CHOICES / (limit + CHOICES) if limit else 0.1}
+    elif limit:
+        given["limit"] = limit
+    dumped = settings_from(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
+    of_ours = {key: dumped.pop(key) for key in ("auto", "budget", "price", "effort")}
+    settings: dict[str, Any] = {
+        "data": data, "model": model, "seed": seed, "method": method, "macs": macs, "start": start, "training": dumped,
+    }  # fmt: skip
+    if method.startswith("autowidth"):
+        settings |= of_ours
+    command = (
+        f"autowidth bench {suite} --data {nameless(data)} --models {model} --seeds {seed} --methods {method} "
+        f"--budgets {macs:g} --starts {start:g} --epochs {epochs}" + (" --choose" if choose else "")
+    )
+    name = f"{method}-{model}-seed{seed}-macs{macs:g}-start{start:g}"
+    return Unit(name=name, settings=settings, command=command)
+
+
+def measure(settings: Mapping[str, Any]) -> Outcome:
+    """Runs one method on one model from one seed: the work of one unit. A record for the run, and for its control."""
+    named = {key: settings[key] for key in ("data", "model", "seed", "auto", "budget", "effort") if key in settings}
+    training = Settings.model_validate({**settings["training"], **named, "width": settings["start"]})
+    finishes = METHODS[settings["method"]](Task(settings=training, macs=settings["macs"]))
+    whole = dense_macs(training)
+    about = {"model": training.model, "seed": training.seed, "start": training.width, "budget": settings["macs"]}
+    records = [_record(finish, whole) | about for finish in finishes]
+    return Outcome(records=records, raw=[{"method": finish.method, "reviews": _reviews(finish)} for finish in finishes])
+
+
+def _record(finish: Finish, whole: float) -> Record:
+    result = finish.result
+    return {
+        "method": finish.method, "policy": finish.policy, "data": result.data, "part": result.part,
+        "epochs": result.epochs, "accuracy": result.accuracy, "loss": result.loss, "macs": result.macs,
+        "macs_dense": round(whole), "params": result.params, "seconds": round(result.seconds, 2),
+        "cpu_seconds": round(result.cpu_seconds, 2), "review_seconds": round(result.review_seconds, 2),
+        "removed": result.removed, "inserted": result.inserted, "inserted_alive": result.inserted_alive,
+        "device": result.device, "widths": list(result.widths.values()),
+    }  # fmt: skip
+
+
+def _reviews(finish: Finish) -> list[dict[str, Any]]:
+    """What each review of a run decided, for those who want to look behind the record."""
+    return [
+        {
+            "step": event.step, "loss": event.loss, "measured": event.measured, "announced": event.announced,
+            "price": event.price, "macs": event.macs, "widths": list(event.widths.values()),
+            "spearman": event.fidelity.spearman if event.fidelity else None, "coefficients": list(event.coefficients),
+            "notes": list(event.notes),
+        }
+        for event in finish.result.history
+    ]  # fmt: skip
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(records: Sequence[Record]) -> str:
+    """The records as Markdown: a table per data set, model and budget; a row per method, policy and start."""
+    text = [
+        "# Methods compared under one recipe\n",
+        "Accuracy after the final epoch, mean over seeds and standard deviation between them. MACs against the dense "
+        "network. Seconds are processor time of one thread for the whole way to the finished network, reviews and "
+        "fine-tuning included; reviews are their share of the wall time.\n",
+    ]
+    for key in dict.fromkeys((r["data"], r["part"], r["model"], r["budget"]) for r in records):
+        data, part, model, budget = key
+        mine = [r for r in records if (r["data"], r["part"], r["model"], r["budget"]) == key]
+        text.append(
+            f"## {model} on {data}, {budget:.0%} of the MACs\n\nAccuracy on the {part.replace('_', ' ')} images.\n\n"
+            "| method | policy | start | accuracy % | MACs % | parameters | seconds | reviews % | seeds |\n"
+            "|---|---|---|---|---|---|---|---|---|"
+        )
+        rows = [_group(mine, row) for row in dict.fromkeys((r["method"], r["policy"], r["start"]) for r in mine)]
+        text += [_row(row) for row in sorted(rows, key=lambda rows: -statistics.mean(r["accuracy"] for r in rows))]
+        text.append("")
+    return "\n".join(text)
+
+
+def _group(records: Sequence[Record], row: tuple[str, str, float]) -> list[Record]:
+    return [r for r in records if (r["method"], r["policy"], r["start"]) == row]
+
+
+def _row(records: Sequence[Record]) -> str:
+    first = records[0]
+    cells = [
+        first["method"],
+        first["policy"],
+        f"{first['start']:g}x",
+        _spread([100 * r["accuracy"] for r in records]),
+        f"{statistics.mean(100 * r['macs'] / r['macs_dense'] for r in records):.1f}",
+        f"{statistics.mean(r['params'] for r in records):,.0f}",
+        f"{statistics.mean(r['cpu_seconds'] for r in records):.0f}",
+        f"{statistics.mean(100 * r['review_seconds'] / r['seconds'] for r in records):.1f}",
+        ", ".join(str(r["seed"]) for r in sorted(records, key=lambda r: r["seed"])),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and, of several, the standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
