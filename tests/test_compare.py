@@ -1,0 +1,118 @@
+"""Comparisons: records say what was run, controls stand beside, tables and pictures come from the records alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autowidth.lab.bench import BenchError, bench
+from autowidth.lab.methods import METHODS, UnknownMethodError
+from autowidth.lab.plots import accuracy_plot
+from autowidth.lab.suites import find_suite
+from autowidth.lab.suites.compare import RECIPES, comparison, measure, table
+
+KEYS = {
+    "method", "model", "seed", "start", "policy", "epochs", "accuracy", "macs", "macs_dense", "params", "seconds",
+    "review_seconds", "widths",
+}  # fmt: skip
+"""What a record has at least."""
+
+
+def record(**other: Any) -> dict[str, Any]:
+    about = {
+        "method": "autowidth", "policy": "budget 0.25", "data": "digits", "part": "test", "epochs": 2, "accuracy": 0.5,
+        "loss": 1.0, "macs": 25, "macs_dense": 100, "params": 10, "seconds": 4.0, "cpu_seconds": 3.0,
+        "review_seconds": 1.0, "model": "resnet8", "seed": 0, "start": 1.0, "budget": 0.25, "widths": [1, 2],
+    }  # fmt: skip
+    return about | other
+
+
+def test_a_comparison_from_end_to_end(tmp_path: Path) -> None:
+    methods = ("dense", "autowidth", "l1")
+    suite = comparison("digits", methods=methods, epochs=2, budgets=(0.5,), seeds=(0, 1))
+    assert len(suite.units) == 6
+    records = bench(suite, tmp_path, processes=2)
+    assert json.loads((tmp_path / "digits.json").read_text()) == records
+    assert {(r["method"], r["seed"]) for r in records} == {(m, s) for m in (*methods, "retrained") for s in (0, 1)}
+    for r in records:
+        assert r.keys() >= KEYS
+        assert r["macs"] == r["macs_dense"] if r["method"] == "dense" else r["macs"] <= 0.5 * r["macs_dense"]
+        assert 0 < r["accuracy"] <= 1 and r["part"] == "test"
+        assert (r["review_seconds"] > 0) == (r["method"] in ("autowidth", "l1"))
+    same = {r["seed"]: r["widths"] for r in records if r["method"] == "autowidth"}
+    assert same == {r["seed"]: r["widths"] for r in records if r["method"] == "retrained"}
+    assert "| dense | none | 1x |" in (tmp_path / "digits.md").read_text()
+    assert ">l1<" in (tmp_path / "digits.svg").read_text() or "l1" in (tmp_path / "digits.svg").read_text()
+
+
+def test_a_unit_says_how_to_run_it_alone_and_that_runs_the_same() -> None:
+    suite = comparison("digits", methods=("uniform",), epochs=2, budgets=(0.3,), starts=(0.5,), choose=True)
+    (unit,) = suite.units
+    assert unit.command == (
+        "autowidth bench digits --data digits --models resnet8 --seeds 0 --methods uniform --budgets 0.3 --starts 0.5 "
+        "--epochs 2 --choose"
+    )
+    first, second = measure(unit.settings).records[0], measure(unit.settings).records[0]
+    clocks = {"seconds", "cpu_seconds", "review_seconds"}
+    assert {k: v for k, v in first.items() if k not in clocks} == {k: v for k, v in second.items() if k not in clocks}
+    assert first["part"] == "held_out" and first["start"] == 0.5
+
+
+def test_choices_are_made_on_training_images() -> None:
+    suite = comparison("mini", data="cifar10:x", methods=("dense",), choose=True)
+    training = suite.units[0].settings["training"]
+    assert training["limit"] * (1 - training["holdout"]) == pytest.approx(20_000)
+    final = comparison("mini", data="cifar10:x", methods=("dense",)).units[0].settings["training"]
+    assert (final["limit"], final["holdout"]) == (20_000, 0.0)
+
+
+def test_all_methods_get_the_same_recipe() -> None:
+    for name, recipe in RECIPES.items():
+        data = recipe.data or f"{recipe.kind}:x"
+        units = comparison(name, data=data, methods=tuple(METHODS)).units
+        assert len({json.dumps(u.settings["training"], sort_keys=True) for u in units}) == 1
+        assert len({u.name for u in units}) == len(units)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({"data": "digits"}, BenchError, "cifar10:PATH"),
+        ({}, BenchError, "--data cifar10:PATH"),
+        ({"data": "cifar10:x", "methods": ("autowith",)}, UnknownMethodError, "did you mean autowidth"),
+        ({"data": "cifar10:x", "filters": 3}, BenchError, "knows no filters"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(asked: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        find_suite("mini", **asked)
+
+
+def test_the_table_is_the_mean_over_seeds_and_the_best_comes_first() -> None:
+    records = [
+        record(seed=0, accuracy=0.5),
+        record(seed=1, accuracy=0.52),
+        record(method="dense", policy="none", macs=100, accuracy=0.6, review_seconds=0.0),
+        record(policy="auto", start=0.5, accuracy=0.1),
+        record(budget=0.5, accuracy=0.9),
+    ]
+    text = table(records)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[2] == "| dense | none | 1x | 60.00 | 100.0 | 10 | 3 | 0.0 | 0 |"
+    assert rows[3] == "| autowidth | budget 0.25 | 1x | 51.00 ± 1.41 | 25.0 | 10 | 3 | 25.0 | 0, 1 |"
+    assert rows[4].startswith("| autowidth | auto | 0.5x | 10.00 |")
+    assert "50% of the MACs" in text and "90.00" in rows[-1]
+
+
+def test_the_picture_shows_every_method_of_every_model(tmp_path: Path) -> None:
+    file = tmp_path / "plot.svg"
+    accuracy_plot([record(), record(method="l1", accuracy=0.4), record(model="vgg8", method="dense")], file)
+    first = file.read_text()
+    assert first.count('<g id="axes_') == 4
+    accuracy_plot([record(), record(method="l1", accuracy=0.4)], file)
+    assert file.read_text().count('<g id="axes_') == 2
+    accuracy_plot([], tmp_path / "nothing.svg")
+    assert not (tmp_path / "nothing.svg").exists()
