@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import cached
 
+from autowidth.audit import standing_in
 from autowidth.channels import ChannelMap, ParamAxis
 from autowidth.engine import quiet
-from autowidth.probe import ProbeError, probe
-from autowidth.profit import Sums, fold
+from autowidth.probe import ProbeError, moments, probe
+from autowidth.profit import Sums, fold, folded, peers
 from autowidth.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -330,17 +331,22 @@ def assert_same_t(sums: Sums, reference: dict[str, Tensor], *, rtol: float = 1e-
         torch.testing.assert_close(sums.second[name].double(), t.square().sum(0), rtol=rtol, atol=rtol * scale**2)
 
 
+def by_group(sums: Sums) -> list[dict[str, Tensor]]:
+    return [sums.first, sums.second, sums.rest_first, sums.rest_second]
+
+
 def assert_same_sums(one: Sums, other: Sums) -> None:
     assert one.samples == other.samples
     assert one.loss == pytest.approx(other.loss, rel=1e-5)
-    for name in one.first:
-        for a, b in ((one.first, other.first), (one.second, other.second)):
-            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+    for a, b, whole in zip(by_group(one), by_group(other), by_group(one)[:2] * 2, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:  # what is left is compared with what there was
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3 * float(whole[name].abs().max()) + 1e-9)
     assert one.readers.keys() == other.readers.keys()
     for axis, reader in one.readers.items():
         twin = other.readers[axis]
-        assert (reader.inputs, reader.outputs) == (twin.inputs, twin.outputs)
-        for a, b in ((reader.gram, twin.gram), (reader.total, twin.total), (reader.force, twin.force)):
+        assert (reader.inputs, reader.absorber) == (twin.inputs, twin.absorber)
+        for a, b in ((reader.gram, twin.gram), (reader.total, twin.total)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(float(b.abs().max()), 1e-6))
 
 
@@ -362,6 +368,102 @@ def test_t_equals_weight_times_gradient_of_the_weight(build: Callable[[], nn.Mod
     assert_same_t(sums, by_weights(model, channel_map, *batch()))
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+def by_fading(model: nn.Module, channel_map: ChannelMap, sums: Sums, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """t (n, width) by group: minus the slope of each sample's loss on the way to the network that peers have mended.
+
+    The readers' tensors go straight from what they are to what `folded` makes of them; central differences.
+    """
+    now = tensors_of(model)
+    known = peers(sums, channel_map, now)
+    rows: dict[str, list[Tensor]] = {group.name: [] for group in channel_map.groups}
+    for group in channel_map.groups:
+        for channel in range(group.width):
+            there = folded({group.name: [channel]}, channel_map, known, now)
+            losses = []
+            for step in (1e-6, -1e-6):  # short of every kink
+                way = {name: now[name].detach() + step * (goal - now[name].detach()) for name, goal in there.items()}
+                with standing_in(model, way), torch.no_grad():
+                    losses.append(F.cross_entropy(model(x), y, reduction="none"))
+            rows[group.name].append((losses[1] - losses[0]) / 2e-6)
+    return {name: torch.stack(columns, 1) for name, columns in rows.items()}
+
+
+class DenseNorm(nn.Module):
+    """Norms behind a reader, with nobody between, behind a sum, and behind two readers at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.one, self.norm = nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.two, self.late = nn.Conv2d(5, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.left, self.right = (nn.Conv2d(5, 3, 1, bias=False) for _ in range(2))
+        self.both = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.one(F.relu(self.stem(x)))))
+        x = F.relu(self.late(self.two(x) + x))
+        return self.head(torch.tanh(self.both(self.left(x)) * self.both(self.right(x))).mean((2, 3)))
+
+
+UNTOUCHED = {name: make for name, make in (NETS | CALLS).items() if name != "weight norm"}
+
+
+@pytest.mark.parametrize("name", [*UNTOUCHED, "dense norm"])
+def test_what_peers_leave_is_the_slope_towards_the_mended_network(name: str) -> None:
+    """With the bias or the running mean that takes over the constant part."""
+    build = DenseNorm if name == "dense norm" else UNTOUCHED[name]
+    model, channel_map = made(build)
+    x, y = batch(24)
+    sums = probe(model, channel_map, [(x[:10], y[:10]), (x[10:], y[10:])], F.cross_entropy)
+    for group, t in by_fading(model, channel_map, sums, x, y).items():
+        scale = float((sums.second[group].max() / sums.samples).sqrt())  # what peers replace is no measure
+        torch.testing.assert_close(sums.rest_first[group].double(), t.sum(0), rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(sums.rest_second[group].double(), t.square().sum(0), rtol=1e-3, atol=1e-4 * scale**2)
+
+
+def test_what_can_take_over_a_constant() -> None:
+    """A bias, or the running mean of the norm behind one weight alone; nothing behind a sum, nothing shared."""
+    found = {}
+    for build in (DenseNorm, Chain, Shared, Transposed, Functional):
+        model, channel_map = made(build)
+        readers = moments(model, channel_map, [batch()]).readers
+        found |= {f"{build.__name__}.{axis.name}": reader.absorber for axis, reader in readers.items()}
+    assert found == {
+        "DenseNorm.one.weight": "norm.running_mean", "DenseNorm.two.weight": None, "DenseNorm.left.weight": None,
+        "DenseNorm.right.weight": None, "DenseNorm.head.weight": "head.bias", "Chain.second.weight": "second.bias",
+        "Chain.head.weight": "head.bias", "Shared.one.weight": None, "Shared.head.weight": "head.bias",
+        "Transposed.up.weight": "up.bias", "Transposed.head.weight": "head.bias", "Functional.b": None,
+        "Functional.c": None,
+    }  # fmt: skip
+
+
+def test_behind_a_parametrization_nobody_stands_in() -> None:
+    model, channel_map = made(NETS["weight norm"])
+    sums = probe(model, channel_map, [batch()], F.cross_entropy)
+    assert sums.first.keys() == {"first", "second"}
+    for name, first in sums.first.items():
+        torch.testing.assert_close(sums.rest_first[name], first)
+        torch.testing.assert_close(sums.rest_second[name], sums.second[name])
+
+
+def test_a_probe_that_knows_the_peers_makes_one_pass() -> None:
+    model, channel_map = made(Chain)
+    whole = probe(model, channel_map, [batch()], F.cross_entropy)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    again = probe(model, channel_map, [batch()], F.cross_entropy, known=peers(whole, channel_map, tensors_of(model)))
+    handle.remove()
+    assert len(calls) == 1
+    assert not again.readers
+    again.add(moments(model, channel_map, [batch()]))
+    assert_same_sums(again, whole)
+
+
 def test_a_single_sample_is_a_probe() -> None:
     model, channel_map = made(Chain)
     sums = probe(model, channel_map, [batch(1)], F.cross_entropy)
@@ -380,40 +482,32 @@ def test_the_loss_is_the_sum_over_samples() -> None:
 
 
 @pytest.mark.parametrize("name", ["second.weight", "head.weight"])
-def test_moments_of_what_a_reader_reads_and_of_the_gradient_at_its_output(name: str) -> None:
+def test_moments_of_what_a_reader_reads(name: str) -> None:
     """Positions are the pixels of all samples; pixels that are flattened into the head count as positions too."""
     model, channel_map = made(Chain)
     x, y = batch()
     module = model.get_submodule(name.removesuffix(".weight"))
-    read, gradients = [], []
-    for i in range(SAMPLES):
-        kept: list[Tensor] = []
+    read: list[Tensor] = []
 
-        def keep(_: nn.Module, args: tuple[Tensor], out: Tensor, kept: list[Tensor] = kept) -> None:
-            out.retain_grad()
-            kept.extend((args[0], out))
-
-        handle = module.register_forward_hook(keep)
-        F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
-        handle.remove()
-        source, out = kept
+    def keep(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
         # (1, 12) is three channels of four pixels: the flatten has the pixels of a channel side by side.
-        read.append(source.reshape(4 if name == "second.weight" else 3, -1).T.detach())
-        assert out.grad is not None
-        gradients.append(out.grad.reshape(out.size(1), -1).T)
-    model.zero_grad()
-    rows, pulls = torch.cat(read), torch.cat(gradients)
+        read.append(args[0].reshape(4 if name == "second.weight" else 3, -1).T.detach())
+
+    handle = module.register_forward_hook(keep)
+    for i in range(SAMPLES):
+        model(x[i : i + 1])
+    handle.remove()
+    rows = torch.cat(read)
     reader = probe(model, channel_map, [(x, y)], F.cross_entropy).readers[ParamAxis(name, 1)]
-    assert (reader.inputs, reader.outputs) == (len(rows), len(pulls))
+    assert reader.inputs == len(rows)
     torch.testing.assert_close(reader.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(reader.total.double(), rows.sum(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(reader.force.double(), pulls.T @ pulls, rtol=1e-4, atol=1e-7)
 
 
 def test_a_weight_that_is_used_twice_sums_the_moments_of_both_calls() -> None:
     model, channel_map = made(Twice)
     reader = probe(model, channel_map, [batch()], F.cross_entropy).readers[ParamAxis("body.weight", 1)]
-    assert (reader.inputs, reader.outputs) == (2 * SAMPLES, 2 * SAMPLES)
+    assert reader.inputs == 2 * SAMPLES
     stem = F.relu(model.stem(images(SAMPLES).mean((2, 3))))
     rows = torch.cat([stem, torch.tanh(model.body(stem))]).detach()
     torch.testing.assert_close(reader.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-6)
@@ -452,15 +546,18 @@ def test_one_batch_of_eight_equals_two_of_four(build: Callable[[], nn.Module]) -
 @settings(max_examples=10)
 @given(cuts=st.sets(st.integers(1, 7)), order=st.randoms(use_true_random=False))
 def test_any_split_and_any_order_add_up(cuts: set[int], order: random.Random) -> None:
-    """N ranks equal one: each rank's sums may be added in any order."""
+    """N ranks equal one: each rank's sums may be added in any order, moments first, then what compensation leaves."""
     model, channel_map = made(Chain)
     x, y = batch(8)
-    pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), 8])]
-    order.shuffle(pieces)
-    ranks = [probe(model, channel_map, [(x[piece], y[piece])], F.cross_entropy) for piece in pieces]
-    total = ranks[0]
-    for rank in ranks[1:]:
-        total.add(rank)
+    ranks = [[(x[a:b], y[a:b])] for a, b in pairwise([0, *sorted(cuts), 8])]
+    order.shuffle(ranks)
+    total = Sums()
+    for batches in ranks:
+        total.add(moments(model, channel_map, batches))
+    known = peers(total, channel_map, dict(model.named_parameters()))
+    order.shuffle(ranks)
+    for batches in ranks:
+        total.add(probe(model, channel_map, batches, F.cross_entropy, known=known))
     assert_same_sums(total, probe(model, channel_map, [(x, y)], F.cross_entropy))
 
 
@@ -578,11 +675,11 @@ def test_a_bfloat16_model_is_summed_in_float32() -> None:
     exact = probe(model, channel_map, [(x, y)], F.cross_entropy)
     coarse = probe(model.bfloat16(), channel_map, [(x.bfloat16(), y)], F.cross_entropy)
     for name, first in exact.first.items():
-        assert coarse.first[name].dtype == coarse.second[name].dtype == torch.float32
+        assert coarse.first[name].dtype == coarse.rest_second[name].dtype == torch.float32
         # Eight bits of mantissa: half a percent a rounding, a handful of roundings on the way.
         assert float((coarse.first[name] - first).norm() / first.norm()) < 0.05
     for axis, reader in coarse.readers.items():
-        assert reader.gram.dtype == reader.force.dtype == reader.total.dtype == torch.float32
+        assert reader.gram.dtype == reader.total.dtype == torch.float32
         assert float((reader.gram - exact.readers[axis].gram).norm() / exact.readers[axis].gram.norm()) < 0.05
 
 

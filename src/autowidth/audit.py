@@ -119,20 +119,21 @@ def sample(worths: Mapping[str, Array], count: int, rng: np.random.Generator) ->
 class Calibration:
     """The non-negative coefficients of (next-layer, own-layer) and the evidence behind them.
 
-    `normal` (2, 2) and `moment` (2,) are the sums of x x' and x y over audited filters, older ones forgotten by half
-    at each review; rows are divided by their own size first, so that it is relative errors that count.
+    `normal` (2, 2) and `moment` (2,) are the sums of x x' and x y over audited filters, older ones forgotten by a
+    fifth at each review; rows are divided by their own size first, so that it is relative errors that count. The prior
+    is that the own-layer profit is the worth: it predicts removal as it is made, with peers that stand in.
     """
 
-    coefficients: tuple[float, ...] = (1.0, 0.0)
-    normal: tuple[tuple[float, ...], ...] = ((1.0, 0.0), (0.0, 1.0))
-    moment: tuple[float, ...] = (1.0, 0.0)
+    coefficients: tuple[float, ...] = (0.0, 1.0)
+    normal: tuple[tuple[float, ...], ...] = ((16.0, 0.0), (0.0, 16.0))
+    moment: tuple[float, ...] = (0.0, 16.0)
 
     def vector(self) -> Array:
         return np.array(self.coefficients)
 
 
-FORGET = 0.5
-"""How much an audit counts at the next review."""
+FORGET = 0.8
+"""How much an audit counts at the next review: one audit of a dozen filters is mostly noise (docs/decisions/007)."""
 
 
 def refit(calibration: Calibration, parts: Array, changes: Array) -> Calibration:
@@ -140,7 +141,7 @@ def refit(calibration: Calibration, parts: Array, changes: Array) -> Calibration
 
     `parts` (m, 2) are the profits predicted for the m audited filters, `changes` (m,) what was measured. Solves
     min |A c - b| with c >= 0 (Lawson and Hanson 1974) over the remembered evidence; the first audit is weighed
-    against the prior that the next-layer profit alone is right.
+    against the prior that the own-layer profit alone is right.
     """
     usable = np.isfinite(parts).all(axis=1) & np.isfinite(changes)
     parts, changes = parts[usable], changes[usable]

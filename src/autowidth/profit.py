@@ -3,18 +3,26 @@
 Sign and unit everywhere: positive = the loss rises when the filter is removed, nats per sample.
 
 Letters: n samples, f channels of a group, c input channels of a reader, o its outputs, k positions of its kernel
-window, p pixels. x what the reader reads, g the gradient of one sample's loss at its output, W (o, c, k) its weights.
+window, p pixels. x what the reader reads, g the gradient of one sample's loss there, W (o, c, k) its weights.
+
+Both profits are the loss change to second order, E[-t] + 1/2 E[t^2], of taking something from the readers: t is what is
+taken x gradient, summed over the readers and their positions, one number per sample. They differ in what is taken:
+
+    next-layer profit   the channel itself: what the readers lose if nothing stands in for it
+    own-layer profit    what its peers cannot predict of it: what they lose once their weights are made up for it
+
+(docs/decisions/007). The worth is the non-negative combination of both that audits have taught.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from autowidth.channels import ChannelGroup, ChannelMap, ParamAxis, Place
+from autowidth.channels import ChannelMap, ParamAxis, Place
 
 RIDGE = 1e-3
 """Added to covariances, relative to their mean variance: keeps duplicated and dead channels finite."""
@@ -24,61 +32,80 @@ RIDGE = 1e-3
 class Reader:
     """Sums over everything that one weight read; channels as `fold` orders them, positions = samples x pixels.
 
-    gram (c, c): sum of x x'; total (c,): sum of x; inputs: number of positions summed;
-    force (o, o): sum of g g' over output positions, g the gradient of one sample's loss; outputs: their number.
+    gram (c, c): sum of x x'; total (c,): sum of x; inputs: number of positions summed.
+    absorber: the tensor that can take a constant which the weight adds to its output: its bias, or the running mean of
+    the norm right behind it; None where there is neither.
     """
 
     gram: Tensor
     total: Tensor
     inputs: int = 0
-    force: Tensor
-    outputs: int = 0
+    absorber: str | None = None
 
     def add(self, other: Reader) -> None:
         """Adds the sums of another part of the data."""
         self.gram += other.gram
         self.total += other.total
         self.inputs += other.inputs
-        self.force += other.force
-        self.outputs += other.outputs
+        self.absorber = self.absorber if self.absorber == other.absorber else None
 
 
 @dataclass(slots=True, kw_only=True)
 class Sums:
-    """What one probe adds up. t is the activation x gradient of a channel at all its readers, one number per sample.
+    """What one probe adds up. t is what is taken x gradient, one number per channel and sample.
 
-    first[group] (width,): sum of t; second[group] (width,): sum of t squared; readers: by the axis that reads.
+    first[group] (width,): sum of t, the channel itself taken; second[group] (width,): sum of t squared;
+    rest_first, rest_second: the same, what peers cannot predict of it taken; readers: by the axis that reads.
     All sums are float32 or wider; `samples` and `loss` (sum over samples, nats) are their counts.
     """
 
-    samples: int
-    loss: float
-    first: dict[str, Tensor]
-    second: dict[str, Tensor]
-    readers: dict[ParamAxis, Reader]
+    samples: int = 0
+    loss: float = 0.0
+    first: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
+    rest_first: dict[str, Tensor] = field(default_factory=dict)
+    rest_second: dict[str, Tensor] = field(default_factory=dict)
+    readers: dict[ParamAxis, Reader] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
         """Adds the sums of another batch or rank."""
         self.samples += other.samples
         self.loss += other.loss
-        for name in self.first:
-            self.first[name] += other.first[name]
-            self.second[name] += other.second[name]
+        for mine, more in zip(self._by_group(), other._by_group(), strict=True):
+            for name, sums in more.items():
+                mine[name] = mine[name] + sums if name in mine else sums
         for axis, reader in other.readers.items():
             if axis in self.readers:
                 self.readers[axis].add(reader)
             else:
                 self.readers[axis] = reader
 
+    def _by_group(self) -> tuple[dict[str, Tensor], ...]:
+        return self.first, self.second, self.rest_first, self.rest_second
 
-def next_layer(first: Tensor, second: Tensor, samples: int) -> Tensor:
-    """What the readers lose when a channel is taken from them: E[-t] + 1/2 E[t^2], (f,).
 
-    `first`, `second` (f,) are sums over n samples of t and t^2, t = activation x gradient at the readers. The first
-    order is exact for small changes; the second takes the empirical Fisher information for the curvature (LeCun 1990,
-    Theis 2018, arXiv 1801.05787).
+def loss_change(first: Tensor, second: Tensor, samples: int, trust: float = 1.0) -> Tensor:
+    """What the readers lose when something is taken from them: trust x E[-t] + 1/2 E[t^2], (f,).
+
+    `first`, `second` (f,) are sums over n samples of t and t^2. The first order is exact for small changes; the second
+    takes the empirical Fisher information for the curvature (LeCun 1990; Theis 2018, arXiv 1801.05787).
     """
-    return (second / 2 - first) / samples
+    return (second / 2 - trust * first) / samples
+
+
+def trust(first: Tensor, second: Tensor, samples: int) -> float:
+    """The share of the first order that is no sampling noise, from 0 to 1, one number for all channels (f,).
+
+    A mean of n samples has the squared error E[t^2] / n, and so E[t]^2 / E[t^2] is 1 / n on average where the true mean
+    is nothing. What it is above that, v, is real: the means are shrunk towards 0 by v / (v + 1 / n) (empirical Bayes:
+    James and Stein 1961; Efron and Morris 1973). Early in training most of the means is real, late most is noise.
+    """
+    alive = second > 0
+    if not alive.any():
+        return 0.0
+    squares = first[alive].double().square() / (second[alive].double() * samples)
+    real = max(float(squares.mean()) - 1 / samples, 0.0)
+    return real / (real + 1 / samples)
 
 
 def covariance(gram: Tensor, total: Tensor, count: int) -> Tensor:
@@ -95,13 +122,16 @@ def precision(cov: Tensor) -> Tensor:
     return inverse
 
 
-def residual(cov: Tensor, inverse: Tensor) -> Tensor:
-    """The variance (c,) of each channel that its peers cannot predict: one over the diagonal of the inverse.
+def leftover(inverse: Tensor) -> Tensor:
+    """The matrix (c, c) that makes of centred channels what each one's peers cannot predict of it by least squares.
 
-    At most the variance itself: where rounding has made the covariance indefinite, the inverse does not know that.
+    With P the inverse covariance, row f is P_f / P_ff: one for the channel itself, minus the regression weights for its
+    peers. Where rounding has left no positive P_ff, a channel keeps all that it carries.
     """
-    rest = 1 / inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.minimum(rest, cov.diagonal().double().clamp_min(0)).to(cov.dtype)
+    own = inverse.diagonal()
+    rows = inverse / torch.where(own > 0, own, 1.0)[:, None]
+    alone = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device)
+    return torch.where((own > 0)[:, None], rows, alone)
 
 
 def substitutes(inverse: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
@@ -112,25 +142,6 @@ def substitutes(inverse: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
     """
     solved: Tensor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
     return -solved
-
-
-def pull(weight: Tensor, force: Tensor, outputs: int, samples: int) -> Tensor:
-    """How hard the loss pulls on each input channel of a reader, per unit of its variance, (c,).
-
-    `weight` (o, c, k); `force` (o, o) is the sum of g g' over `outputs` positions of n samples. With curvature
-    E = E[g g'] and P = outputs / n pixels per sample this is P tr(E W_c W_c').
-    """
-    per_pixel = force / max(outputs, 1)
-    return (outputs / samples) * torch.einsum("ock,op,pck->c", weight, per_pixel, weight)
-
-
-def own_layer(rest: Tensor, strength: Tensor) -> Tensor:
-    """What peers cannot replace, 1/2 x residual variance x pull, (c,): structured optimal brain surgery.
-
-    After the best linear compensation from its peers, only a channel's residual is lost; its cost is taken to second
-    order with Kronecker-factored curvature (Hassibi 1993; Wang 2019, EigenDamage, arXiv 1905.05934).
-    """
-    return rest * strength / 2
 
 
 def combined(parts: Tensor, coefficients: Tensor) -> Tensor:
@@ -159,62 +170,56 @@ def _on(channel_map: ChannelMap, axis: ParamAxis) -> list[Place]:
 class Peers:
     """What is known of the channels that one weight reads: c peers as `fold` orders them, each with k positions.
 
-    index (c, k): positions on the axis; mean (c,), cov (c, c), inverse (c, c): of what they carry; pull (c,).
+    index (c, k): positions on the axis; mean (c,), inverse covariance (c, c): of what they carry; absorber: the tensor
+    that takes over their constant part. Without one the mean is 0 and the covariance is about 0: the regression is one
+    through the origin.
     """
 
     index: Tensor
     mean: Tensor
-    cov: Tensor
     inverse: Tensor
-    pull: Tensor
+    absorber: str | None = None
 
 
 def peers(sums: Sums, channel_map: ChannelMap, weights: Mapping[str, Tensor]) -> dict[ParamAxis, Peers]:
-    """The peers of every axis that the probe saw reading. `weights` by name, as they were when the probe ran."""
-    return {axis: _peers_of(sums, channel_map, axis, weights[axis.name]) for axis in sums.readers}
+    """The peers on every axis that the probe saw reading. `weights` by name, as they were when the probe ran.
+
+    Left out are weights behind a parametrization, which nobody can write to, and readers of what is not finite.
+    """
+    found = {axis: _peers_of(reader, channel_map, axis, weights) for axis, reader in sums.readers.items()}
+    return {axis: peers for axis, peers in found.items() if peers is not None}
 
 
-def _peers_of(sums: Sums, channel_map: ChannelMap, axis: ParamAxis, weight: Tensor) -> Peers:
-    reader = sums.readers[axis]
-    index = torch.tensor(fold(channel_map, axis), device=weight.device)
-    slices = _slices(weight.detach().float(), axis)
-    cov = covariance(reader.gram, reader.total, reader.inputs)
+def _peers_of(reader: Reader, channel_map: ChannelMap, axis: ParamAxis, weights: Mapping[str, Tensor]) -> Peers | None:
+    if ".parametrizations." in axis.name or not torch.isfinite(reader.gram).all():
+        return None
+    # A transposed convolution adds a constant unevenly over its output: no tensor can take it over.
+    absorber = reader.absorber if axis.dim == 1 else None
+    total = reader.total if absorber is not None else torch.zeros_like(reader.total)
     return Peers(
-        index=index,
-        mean=reader.total / reader.inputs,
-        cov=cov,
-        inverse=precision(cov),
-        pull=pull(slices[:, index].flatten(2), reader.force, reader.outputs, sums.samples),
+        index=torch.tensor(fold(channel_map, axis), device=weights[axis.name].device),
+        mean=total / reader.inputs,
+        inverse=precision(covariance(reader.gram, total, reader.inputs)),
+        absorber=absorber,
     )
 
 
-def _slices(weight: Tensor, axis: ParamAxis) -> Tensor:
-    """A weight as (outputs, positions on the axis that reads, kernel window)."""
-    front = weight.movedim(axis.dim, 1)
-    return front.reshape(*front.shape[:2], -1)
-
-
-def parts(sums: Sums, channel_map: ChannelMap, known: Mapping[ParamAxis, Peers]) -> dict[str, Tensor]:
+def parts(sums: Sums, channel_map: ChannelMap) -> dict[str, Tensor]:
     """For each channel group its filters' two profits, (f, 2): next-layer and own-layer, nats per sample."""
-    own = {axis: _own_of_reader(axis, found, channel_map) for axis, found in known.items()}
-    return {group.name: _parts_of(sums, group, own) for group in channel_map.groups}
+    groups = [group.name for group in channel_map.groups]
+    both = [
+        _changes({name: first[name] for name in groups}, second, sums.samples)
+        for first, second in ((sums.first, sums.second), (sums.rest_first, sums.rest_second))
+    ]
+    return {name: torch.nan_to_num(torch.stack([part[name] for part in both], dim=-1)) for name in groups}
 
 
-def _own_of_reader(axis: ParamAxis, found: Peers, channel_map: ChannelMap) -> Tensor:
-    """The own-layer profit of every position of an axis that reads, (length of the axis,)."""
-    profit = own_layer(residual(found.cov, found.inverse), found.pull)
-    spread = profit.new_zeros(channel_map.shapes[axis.name][axis.dim])
-    spread[found.index] = profit[:, None].expand(found.index.shape) / found.index.size(1)
-    return spread
-
-
-def _parts_of(sums: Sums, group: ChannelGroup, own: Mapping[ParamAxis, Tensor]) -> Tensor:
-    next_part = next_layer(sums.first[group.name], sums.second[group.name], sums.samples)
-    own_part = torch.zeros_like(next_part)
-    for place in group.with_role("read"):
-        if place.axis in own:
-            own_part = own_part + own[place.axis][torch.tensor(place.index, device=own_part.device)].sum(-1)
-    return torch.stack([next_part, own_part], dim=-1)
+def _changes(first: Mapping[str, Tensor], second: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+    """The loss change of every filter by channel group; the trust in first orders is one for the whole network."""
+    if not first:
+        return {}
+    share = trust(torch.cat([*first.values()]), torch.cat([second[name] for name in first]), samples)
+    return {name: loss_change(t, second[name], samples, share) for name, t in first.items()}
 
 
 def folded(
@@ -226,9 +231,9 @@ def folded(
     """The readers' weights (and biases) once the removed channels are gone and their peers stand in for them.
 
     `removed` is group name -> channels. What each of them carries is replaced by its regression on the channels that
-    stay: the reader's weights for those take it over, its mean goes into the bias where the reader has one (a norm
-    behind it absorbs it otherwise). The removed slices are zero. Weights behind a parametrization, and readers that
-    the probe did not see, are zeroed without compensation. Shapes are those before the removal.
+    stay: the reader's weights for those take it over, its constant part goes into the reader's bias or the running mean
+    of the norm behind it. The removed slices are zero. Weights behind a parametrization, and readers that the probe did
+    not see, are zeroed without compensation. Shapes are those before the removal.
     """
     gone: dict[ParamAxis, list[int]] = {}
     for name, channels in removed.items():
@@ -238,27 +243,39 @@ def folded(
     for axis, positions in gone.items():
         weight = result.get(axis.name, weights[axis.name]).detach().clone()
         found = known.get(axis)
-        if found is not None and ".parametrizations." not in axis.name:
-            bias = axis.name.removesuffix("weight") + "bias"
-            known_bias = {bias: weights[bias]} if bias in weights and axis.dim == 1 else {}  # not of transposed layers
-            result |= _handed_over(weight, axis, positions, found, known_bias)
+        if found is not None:
+            constant = _hand_over(weight, axis, positions, found)
+            if found.absorber is not None and constant is not None:
+                result |= _absorbed(found.absorber, constant, result, weights)
         weight.index_fill_(axis.dim, torch.tensor(positions, device=weight.device), 0.0)
         result[axis.name] = weight
     return result
 
 
-def _handed_over(
-    weight: Tensor, axis: ParamAxis, positions: Sequence[int], found: Peers, bias: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Adds to the weight, in place, what the peers take over. Returns the bias with what is constant of it."""
+def _hand_over(weight: Tensor, axis: ParamAxis, positions: Sequence[int], found: Peers) -> Tensor | None:
+    """Adds to the weight, in place, what the peers take over. Returns the constant (o,) that this leaves out."""
     leaving = torch.isin(found.index, torch.tensor(positions, device=weight.device)).all(1)
     out, kept = leaving.nonzero().flatten(), (~leaving).nonzero().flatten()
-    if not len(out) or not len(kept):
-        return {}
+    if not len(out):
+        return None
     stand_in = substitutes(found.inverse, out, kept).to(torch.float32)
     front = weight.movedim(axis.dim, 1)
-    window = _slices(weight.float(), axis)[:, found.index[out]]
+    window = slices(weight.float(), axis)[:, found.index[out]]
     taken = torch.einsum("oskw,sc->ockw", window, stand_in)
     front[:, found.index[kept]] += taken.reshape(*taken.shape[:3], *front.shape[2:]).to(weight.dtype)
-    constant = found.mean[out] - stand_in @ found.mean[kept]
-    return {name: (b + torch.einsum("oskw,s->o", window, constant)).detach().to(b.dtype) for name, b in bias.items()}
+    return torch.einsum("oskw,s->o", window, found.mean[out] - stand_in @ found.mean[kept])
+
+
+def _absorbed(
+    name: str, constant: Tensor, result: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensor that takes over a constant: a bias adds it to the output, a norm takes it off its running mean."""
+    before = result.get(name, weights[name]).detach()
+    signed = -constant if name.endswith("running_mean") else constant
+    return {name: (before + signed).to(before.dtype)}
+
+
+def slices(weight: Tensor, axis: ParamAxis) -> Tensor:
+    """A weight as (outputs, positions on the axis that reads, kernel window)."""
+    front = weight.movedim(axis.dim, 1)
+    return front.reshape(*front.shape[:2], -1)

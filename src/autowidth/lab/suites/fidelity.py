@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from autowidth.audit import Fold, ablate
 from autowidth.channels import ChannelMap
-from autowidth.engine import AutoWidth, quiet, settled_norms
+from autowidth.engine import AutoWidth, Effort, quiet, settled_norms
 from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
@@ -76,7 +76,7 @@ class Scale:
 SCALES: Mapping[str, Scale] = {
     "digits": Scale(models=("resnet20", "vgg8"), limit=1000, truth=400, probe=512, batch_size=64, pool=1),
     "cifar10": Scale(
-        models=("resnet20", "vgg8", "densenet22"), limit=20_000, truth=2000, probe=1024, batch_size=128, pool=2
+        models=("resnet20", "vgg8", "densenet22"), limit=20_000, truth=2000, probe=2048, batch_size=128, pool=2
     ),
 }
 """The data sets of the fidelity suite, by the first word of the text that names them."""
@@ -182,7 +182,7 @@ def watched_run(settings: Settings, images: ImageSet, shares: Sequence[float]) -
     engine = AutoWidth(
         network, optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=device),
         probe=probe_batches(images, settings.seed), loss_fn=F.cross_entropy, policy=Watching(), total_steps=total,
-        effort=settings.effort, seed=settings.seed,
+        effort=settings.effort or Effort(), seed=settings.seed,
     )  # fmt: skip
     moments = [(max(1, round(share * total)), share) for share in shares]
     network.train()
@@ -289,7 +289,7 @@ def _ours(
     """The worths by `OURS` and channel group, from one probe, and how peers stand in, from the same."""
     sums = probe(network, channel_map, scoring, F.cross_entropy)
     known = peers(sums, channel_map, effective_weights(network))
-    features = parts(sums, channel_map, known)
+    features = parts(sums, channel_map)
     weighed = {"autowidth": tuple(coefficients), "autowidth-next": (1.0, 0.0), "autowidth-own": (0.0, 1.0)}
     worths = {
         key: {name: combined(f.cpu(), torch.tensor(weights, dtype=torch.float32)) for name, f in features.items()}
@@ -330,7 +330,7 @@ def judged(look: Look) -> list[Record]:
     records = []
     for kind, blocks in look.blocks.items():
         truth, best = blocks.mean(axis=0), ceiling(look.group, blocks)
-        for name, predicted in look.predictions.items():
+        for name, predicted in _expected(look, kind).items():
             records.append(
                 {
                     "truth": kind,
@@ -345,6 +345,18 @@ def judged(look: Look) -> list[Record]:
                 }
             )
     return records
+
+
+def _expected(look: Look, kind: str) -> dict[str, Array]:
+    """The predictions of one of `TRUTHS`.
+
+    Where nobody stands in, our own-layer profit is the next-layer profit (autowidth.probe with no peers known), and our
+    criterion weighs that one alone, with both coefficients.
+    """
+    predictions = dict(look.predictions)
+    if kind == "removed" and "autowidth" in predictions:
+        predictions["autowidth"] = sum(look.coefficients) * predictions["autowidth-next"]
+    return predictions
 
 
 def rank_correlation(predicted: Array, truth: Array) -> float | None:
@@ -422,7 +434,7 @@ def fidelity_table(records: Sequence[Record]) -> str:
         "median of true to predicted loss change (criteria in nats only). Means over seeds. The ceiling is what a "
         "perfect criterion could reach within groups, given how many images the truth was measured on.\n\n"
         "Truth: the loss change when a filter is removed from its readers, or when its peers take over what they can, "
-        "as they do when the engine removes it.\n",
+        "as they do when the engine removes it. Our criterion, autowidth, is told which.\n",
     ]
     for data, model, truth in dict.fromkeys((r["data"], r["model"], r["truth"]) for r in records):
         mine = [r for r in records if (r["data"], r["model"], r["truth"]) == (data, model, truth)]
