@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from autowidth.lab.data import (
     CorruptImageError,
     DataError,
     ImageSet,
+    Pictures,
     Split,
     UnknownDataError,
     channel_statistics,
@@ -516,26 +518,38 @@ BAD_ROWS = {
 }
 
 
+@pytest.mark.parametrize("limit", [1, 0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("bad", BAD_ROWS)
-def test_a_bad_row_is_named_and_refused_or_skipped(tmp_path: Path, bad: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_row_is_named_and_refused_or_skipped(
+    tmp_path: Path, bad: str, limit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read(*, skip: bool) -> ImageSet:
+        return data.load(f"cifar10:{tmp_path}", skip_corrupt=skip, stream_above=limit, workers=0)
+
     good = [encoded(picture(i)) for i in range(4)]
     write_parquet(tmp_path / "train-0.parquet", [good[0], good[1], BAD_ROWS[bad], good[3]], [0, 1, 2, 3])
     write_parquet(tmp_path / "test-0.parquet", good, [0, 1, 2, 3])
     with pytest.raises(CorruptImageError, match=r"train-0.parquet, row 2: .+; mend it, or skip corrupt images"):
-        data.cifar10(tmp_path)
+        read(skip=False)
     with caplog.at_level(logging.WARNING):
-        cifar = data.cifar10(tmp_path, skip_corrupt=True)
-    assert numbers(cifar.train) == [0, 1, 3]
+        cifar = read(skip=True)
+    assert numbers(in_memory(cifar.train)) == [0, 1, 3]
     assert cifar.train.labels.tolist() == [0, 1, 3]
     assert cifar.skipped == ("train-0.parquet, row 2",)
-    assert "left out train-0.parquet, row 2" in caplog.text
+    assert len(caplog.records) == 1
+    assert "left out 1 of 8 images" in caplog.text
+    assert "the first is train-0.parquet, row 2: " in caplog.text
+    assert str(cifar).endswith("; 1 unreadable left out, the first is train-0.parquet, row 2")
 
 
-def test_nothing_readable_is_refused(tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        write_parquet(tmp_path / f"{part}.parquet", [b"x", b"y"], [0, 1])
-    with pytest.raises(DataError, match=r"none of 2 images can be read; the first is train.parquet, row 0"):
-        data.cifar10(tmp_path, skip_corrupt=True)
+@pytest.mark.parametrize("limit", [1, 0], ids=["kept", "streamed"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_nothing_readable_is_refused(tmp_path: Path, limit: float, part: str) -> None:
+    for name in ("train", "test"):
+        images = [b"x", b"y"] if name == part else [encoded(picture(0)), encoded(picture(1))]
+        write_parquet(tmp_path / f"{name}.parquet", images, [0, 1])
+    with pytest.raises(DataError, match=rf"none of 2 images can be read; the first is {part}.parquet, row 0"):
+        data.load(f"cifar10:{tmp_path}", skip_corrupt=True, stream_above=limit, workers=0)
 
 
 @pytest.mark.parametrize("label", [None, -1])
@@ -571,7 +585,7 @@ def test_folders_that_hold_no_cifar_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has the columns photo, label, expected one named img or image"):
         data.cifar10(tmp_path)
     write_parquet(tmp_path / "train.parquet", [b""], [0], columns=("img", "kind"))
-    with pytest.raises(DataError, match="expected one named label or fine_label"):
+    with pytest.raises(DataError, match="expected one named label, fine_label or coarse_label"):
         data.cifar10(tmp_path)
 
 
@@ -600,6 +614,45 @@ def test_binary_batches_of_cifar100_use_the_fine_label(tmp_path: Path) -> None:
     assert (cifar.name, cifar.train.labels.tolist(), cifar.test.labels.tolist()) == ("CIFAR-100", [98, 4], [7])
 
 
+@pytest.mark.parametrize(
+    ("inner", "files", "name"),
+    [
+        ("cifar-10-batches-py", ("data_batch_1", "test_batch", "batches.meta"), "cifar-10-binary.tar.gz"),
+        ("cifar-100-python", ("train", "test", "meta"), "cifar-100-binary.tar.gz"),
+    ],
+)
+def test_the_python_version_is_refused_unless_another_is_there(
+    tmp_path: Path, inner: str, files: Sequence[str], name: str
+) -> None:
+    (tmp_path / inner).mkdir()
+    for file in files:
+        (tmp_path / inner / file).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    for place in (tmp_path, tmp_path / inner):
+        with pytest.raises(DataError, match=f"{inner} holds the Python version .* take the binary version, {name}"):
+            data.cifar10(place)
+    (tmp_path / "data_batch_1.bin").write_bytes(record([3], 0))
+    (tmp_path / "test_batch.bin").write_bytes(record([5], 3))
+    assert len(data.cifar10(tmp_path).train) == 1
+
+
+def test_the_label_columns_of_cifar100_are_told_apart(tmp_path: Path) -> None:
+    pictures = [encoded(picture(i)) for i in range(2)]
+    structs = pa.array([{"bytes": b, "path": None} for b in pictures])
+    labels = {"fine_label": pa.array([49, 33]), "coarse_label": pa.array([10, 7])}
+    for place, columns in (("fine", labels), ("coarse", {"coarse_label": labels["coarse_label"]})):
+        (tmp_path / place).mkdir()
+        for part in ("train", "test"):
+            pq.write_table(pa.table({"img": structs, **columns}), tmp_path / place / f"{part}-0.parquet")
+    fine, coarse = (data.load(f"cifar100:{tmp_path / place}") for place in ("fine", "coarse"))
+    assert (fine.name, len(fine.classes), fine.train.labels.tolist()) == ("CIFAR-100", 100, [49, 33])
+    assert (len(coarse.classes), coarse.train.labels.tolist()) == (20, [10, 7])
+
+
+def test_cifar10_is_not_taken_for_cifar100(small_cifar: Path) -> None:
+    with pytest.raises(DataError, match=r"holds 10 classes, those of CIFAR-100 are 100 .* try cifar10:"):
+        data.load(f"cifar100:{small_cifar}")
+
+
 def test_broken_binary_batches_are_named(tmp_path: Path) -> None:
     (tmp_path / "test_batch.bin").write_bytes(record([5], 3))
     with pytest.raises(DataError, match=r"holds test_batch.bin but no data_batch_\*.bin"):
@@ -619,7 +672,7 @@ def write_classes(place: Path, counts: dict[str, int], side: tuple[int, int] = (
     for label, (name, count) in enumerate(counts.items()):
         (place / name).mkdir(parents=True)
         for number in range(count):
-            shade = np.full((*side, 3), 40 * label + number, dtype=np.uint8)
+            shade = np.full((*side, 3), (40 * label + number) % 256, dtype=np.uint8)
             Image.fromarray(shade).save(place / name / f"{number}.png")
 
 
@@ -666,6 +719,7 @@ def test_corrupt_files_are_named_and_refused_or_skipped(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         animals = data.folder(tmp_path, skip_corrupt=True)
     assert [Path(name).name for name in animals.skipped] == ["notes.txt"]
+    assert animals.class_counts == {"bee": 8, "cow": 8}
     assert len(animals.train) + len(animals.test) == 20
     assert "notes.txt" in caplog.text
 
@@ -693,7 +747,7 @@ def test_texts_lead_to_their_sets(small_cifar: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "digits:", "digits:x", "cifar10", "cifar10:", "hf:", "mnist", "c:/x"])
 def test_unknown_texts_are_refused_with_the_allowed_forms(text: str) -> None:
-    with pytest.raises(UnknownDataError, match="allowed are digits, cifar10:PATH, folder:PATH, hf:NAME"):
+    with pytest.raises(UnknownDataError, match="allowed are digits, cifar10:PATH, cifar100:PATH, folder:PATH, hf"):
         data.load(text)
 
 
@@ -729,6 +783,146 @@ def test_a_data_set_in_the_hubs_layout_is_read(tmp_path: Path, monkeypatch: pyte
     assert found.classes == ("bee", "cow")
     assert (numbers(found.train), numbers(found.test)) == (list(range(10)), list(range(10, 20)))
     assert found.train.labels.tolist() == [0, 1] * 5
+    streamed = data.load(f"hf:{tmp_path / 'set'}", stream_above=0, workers=2)
+    assert numbers(in_memory(streamed.train)) == list(range(10))
+    assert same(list(streamed.training_batches(4, seed=0)), list(found.training_batches(4, seed=0)))
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+EXAMPLES = {
+    "table": ({}, {}),
+    "folder": ({"size": 7}, {}),
+    "held out": ({"size": 8}, {"holdout": 0.25}),
+    "pooled": ({"size": 8}, {"pool": 2}),
+    "limited": ({"size": 8}, {"limit": 9}),
+}
+
+
+def in_memory(split: Split) -> Split:
+    if isinstance(split.images, Tensor):
+        return split
+    return Split(images=split.images.decoded(range(len(split))), labels=split.labels)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """JPEG and PNG files of many extents, some turned by their EXIF, in two classes."""
+    for number in range(30):
+        place = tmp_path / "photos" / ("bee" if number % 3 else "cow")
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(picture(number, 20)).resize((9 + number, 40 - number))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number % 4 == 1 else 1
+        image.save(place / f"{number}.{'png' if number % 2 else 'jpg'}", exif=exif)
+    return tmp_path / "photos"
+
+
+forking = pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning",  # of Python 3.12, about processes with threads, such as torch's
+    "ignore:This DataLoader will create:UserWarning",  # where there is one core
+)
+
+
+@forking
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_streamed_set_is_the_set_in_memory(small_cifar: Path, photos: Path, example: str, workers: int) -> None:
+    of_files, options = EXAMPLES[example]
+    text = f"folder:{photos}" if of_files else f"cifar10:{small_cifar}"
+    kept = data.load(text, **of_files, **options)
+    streamed = data.load(text, **of_files, **options, stream_above=0, workers=workers)
+    assert isinstance(streamed.train.images, Pictures)
+    assert isinstance(kept.train.images, Tensor)
+    assert (streamed.image_shape, streamed.class_counts) == (kept.image_shape, kept.class_counts)
+    assert (streamed.mean, streamed.std) == (pytest.approx(kept.mean, rel=1e-12), pytest.approx(kept.std, rel=1e-12))
+    assert kept.augmentation == streamed.augmentation
+    parts = [part for part in ("train", "held_out", "test") if part != "held_out" or "holdout" in options]
+    for part in parts:
+        assert same(list(streamed.plain_batches(part, 4)), list(kept.plain_batches(part, 4)))  # type: ignore[arg-type]
+    one, other = streamed.training_batches(4, seed=3), kept.training_batches(4, seed=3)
+    for _ in range(2):  # epochs, augmented
+        assert len(one) == len(other)
+        assert same(list(one), list(other))
+    assert same(list(one.at(7)), list(other.at(7)))
+
+
+@forking
+def test_a_stream_goes_on_where_it_stood_and_leaves_chance_and_no_worker_behind(small_cifar: Path) -> None:
+    images = data.load(f"cifar10:{small_cifar}", stream_above=0, workers=2)
+    before = torch.get_rng_state()
+    batches = images.training_batches(8, seed=1)
+    whole = list(batches.at(0))
+    for number, _ in enumerate(batches, 1):
+        if number == 2:
+            break
+    assert multiprocessing.active_children() == []
+    again = images.training_batches(8, seed=1)
+    again.load_state_dict(batches.state_dict())
+    assert same(list(again), whole[2:])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not same(list(images.training_batches(8, seed=2)), whole)
+
+
+def test_the_decoded_extent_decides_what_is_streamed(small_cifar: Path) -> None:
+    mebibytes = 50 * 3 * 8 * 8 / 2**20
+    for options, limit, streams in [
+        ({}, mebibytes, False),
+        ({}, mebibytes * 0.999, True),
+        ({"pool": 2}, mebibytes / 4, False),
+        ({"pool": 2}, mebibytes / 4.01, True),
+        ({"limit": 10}, mebibytes * 0.4, False),
+    ]:
+        images = data.load(f"cifar10:{small_cifar}", stream_above=limit, **options)  # type: ignore[arg-type]
+        splits = [images.train, images.test]
+        assert [isinstance(split.images, Pictures) for split in splits] == [streams] * 2
+    assert isinstance(data.load("digits", stream_above=0).train.images, Tensor)
+
+
+@forking
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_goes_while_it_is_needed_is_named_in_one_sentence(photos: Path, workers: int) -> None:
+    images = data.load(f"folder:{photos}", size=8, stream_above=0, workers=workers)
+    assert isinstance(images.test.images, Pictures)
+    lost = images.test.images.where[2]
+    Path(lost).unlink()
+    with pytest.raises(CorruptImageError, match="it was readable when it was loaded") as caught:
+        list(images.plain_batches("test", 4))
+    assert str(caught.value).startswith(lost)
+    assert "Traceback" not in str(caught.value)
+
+
+@forking
+def test_a_corrupt_file_is_found_by_workers_before_training(photos: Path) -> None:
+    (photos / "cow" / "notes.txt").write_text("moo")
+    with pytest.raises(CorruptImageError, match=r"cow.notes.txt: no readable image; mend it"):
+        data.load(f"folder:{photos}", stream_above=0, workers=2)
+    streamed = data.load(f"folder:{photos}", stream_above=0, workers=2, skip_corrupt=True)
+    kept = data.load(f"folder:{photos}", skip_corrupt=True)
+    assert streamed.skipped == kept.skipped
+    assert [Path(name).name for name in kept.skipped] == ["notes.txt"]
+    assert same(list(streamed.training_batches(4, seed=0)), list(kept.training_batches(4, seed=0)))
+
+
+def test_a_stream_that_cannot_be_is_refused(small_cifar: Path) -> None:
+    for options in ({"stream_above": -1}, {"stream_above": float("nan")}, {"workers": -1}):
+        with pytest.raises(DataError, match="cannot be streamed above"):
+            data.load(f"cifar10:{small_cifar}", **options)
+    with pytest.raises(DataError, match="cannot pool images of 8 x 8 by 3"):
+        data.load(f"cifar10:{small_cifar}", stream_above=0, workers=0, pool=3)
+    with pytest.raises(DataError, match="cannot be pooled by 0"):
+        data.load("digits", pool=0)
+
+
+def test_a_set_tells_its_splits_and_class_counts_in_one_line(small_cifar: Path, tmp_path: Path) -> None:
+    assert str(data.cifar10(small_cifar, holdout=0.25)) == (
+        "CIFAR-10: 30 training, 10 held-out and 10 test images of 3 x 8 x 8; training images by class: "
+        + ", ".join(f"{name} 3" for name in data.CIFAR10_CLASSES)
+    )
+    streamed = str(data.load(f"cifar10:{small_cifar}", stream_above=0, workers=0))
+    assert streamed.startswith("CIFAR-10: 40 training and 10 test images of 3 x 8 x 8; streamed by 0 workers; training")
+    write_classes(tmp_path / "many", {f"kind {n:02}": 5 + n for n in range(13)})
+    assert str(data.folder(tmp_path / "many")).endswith("; 13 classes of 4 (kind 00) to 14 (kind 12) training images")
 
 
 def test_a_set_moves_to_a_device_as_a_whole(small_cifar: Path) -> None:

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from autowidth.channels import IndexMap
 from autowidth.checkpoint import load_, read_run
 from autowidth.cost import count_macs
 from autowidth.engine import Effort, NothingToResizeError
-from autowidth.lab.data import digits
+from autowidth.lab.data import CorruptImageError, digits
 from autowidth.lab.models import UnknownModelError, build, resolve
 from autowidth.lab.train import (
     DeviceError,
@@ -36,6 +37,7 @@ from autowidth.lab.train import (
     Settings,
     SettingsError,
     check_folder,
+    compiled,
     decayed_and_not,
     evaluate,
     one_cycle,
@@ -130,7 +132,9 @@ def plain_loop(settings: Settings) -> nn.Module:
         for x, y in batches:
             step += 1
             done = step / (total + 1)
-            if done < settings.warmup:
+            if settings.schedule == "cosine":
+                share = (1 + math.cos(math.pi * done)) / 2
+            elif done < settings.warmup:
                 share = done / settings.warmup
             else:
                 share = (1 + math.cos(math.pi * (done - settings.warmup) / (1 - settings.warmup))) / 2
@@ -151,6 +155,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 RUNS = {
     "residual": short(seed=3, label_smoothing=0.1),
+    "cosine": short(seed=2, schedule="cosine"),
     "draws": short(model=f"{__name__}:Dropping", width=1.0, seed=1),
 }
 
@@ -267,6 +272,177 @@ def test_bfloat16_and_channels_last_go_through_surgery() -> None:
     assert all(p.dtype == torch.float32 and p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
+def test_a_cosine_is_no_one_cycle() -> None:
+    assert not same(plain_loop(RUNS["cosine"]), plain_loop(short(seed=2)))
+
+
+# ---- the averaged copy -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_an_average_leaves_the_training_as_it_is_and_is_what_comes_out(settings: Settings) -> None:
+    torch.manual_seed(5)
+    network = resolve(settings.model, in_channels=1, **({} if ":" in settings.model else {"width": settings.width}))
+    beside = copy.deepcopy(network)
+    plain = train(settings.model_copy(update={"edit": False}), network=network)
+    averaged = train(settings.model_copy(update={"edit": False, "ema": 0.9}), network=beside)
+    assert plain.network is network
+    assert same(network, beside)
+    assert averaged.network is not beside
+    assert not same(averaged.network, beside)
+    images = digits(limit=settings.limit).plain_batches("test", 50)
+    assert averaged.accuracy == slow_evaluation(averaged.network, images)[0]
+    assert averaged.loss == pytest.approx(slow_evaluation(averaged.network, images)[1], rel=1e-5)
+
+
+def test_the_average_is_what_the_formula_says() -> None:
+    settings = short(edit=False, ema=0.6)  # reached after 13 of 24 steps, until then less is kept
+    network = build("resnet8", in_channels=1, width=0.5)
+    states: list[dict[str, Tensor]] = []
+
+    class Watch:
+        def after_backward(self, *_: Any) -> None: ...
+        def after_epoch(self, *_: Any) -> None: ...
+        def after_step(self, model: nn.Module, *_: Any) -> None:
+            states.append(copy.deepcopy(model.state_dict()))
+
+    result = train(settings.model_copy(update={"epochs": 4}), network=network, method=Method(rule=Watch()))
+    assert len(states) == 24
+    expected = {name: value.double() for name, value in states[0].items()}
+    for n, state in enumerate(states[1:], 1):
+        kept = min(0.6, (1 + n) / (10 + n))
+        expected = {name: kept * expected[name] + (1 - kept) * value.double() for name, value in state.items()}
+    for name, value in result.network.state_dict().items():
+        if "num_batches_tracked" in name:
+            assert value == states[-1][name] == 24
+        else:
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "budget", [SHORT.budget, Budget(macs=1.5, count=2, begin=0.2, end=0.8, grace=0, offer=0.4)], ids=["less", "more"]
+)
+def test_the_average_goes_through_surgery_with_the_network(tmp_path: Path, budget: Budget) -> None:
+    network = build("resnet8", in_channels=1, width=0.5)
+    result = train(short(ema=0.5, budget=budget, out=tmp_path / "run"), network=network)
+    assert result.removed + result.inserted > 0
+    assert result.widths != result.widths_start
+    assert not same(result.network, network)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    assert {name: value.shape for name, value in result.network.state_dict().items()} == shapes
+    assert result.macs == count_macs(result.network, torch.zeros(1, 1, 8, 8))
+    assert result.accuracy == slow_evaluation(result.network, digits(limit=192).plain_batches("test", 50))[0]
+    fresh = build("resnet8", in_channels=1, width=0.5)
+    load_(fresh, tmp_path / "run", example_inputs=torch.zeros(1, 1, 8, 8))
+    assert same(fresh, result.network)
+
+
+def test_an_average_that_keeps_nothing_is_the_network_even_after_surgery() -> None:
+    network = build("resnet8", in_channels=1, width=0.5)
+    result = train(short(ema=1e-9), network=network)
+    assert result.removed > 0
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(result.network.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of 20 small images, and a file that is none."""
+    for number in range(40):
+        place = tmp_path / "photos" / ("dark" if number % 2 else "light")
+        place.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 100, (12, 12, 3)) + 100 * (1 - number % 2)
+        Image.fromarray(noise.astype(np.uint8)).save(place / f"{number}.png")
+    (tmp_path / "photos" / "dark" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
+def test_a_streamed_run_is_the_run_in_memory_and_tells_what_was_left_out(tmp_path: Path, photos: Path) -> None:
+    config = tmp_path / "run.json"
+    table = {"model": "resnet8", "width": 0.25, "epochs": 2, "size": 8, "batch_size": 8, "edit": False, "device": "cpu"}
+    config.write_text(json.dumps({"data": f"folder:{photos}", "skip_corrupt": True, **table}))
+    told: list[Progress] = []
+    kept = train(settings_from({}, config=config))
+    streamed = train(settings_from({"stream_above": 0, "workers": 2}, config=config), report=told.append)
+    assert same(streamed.network, kept.network)
+    assert (streamed.accuracy, streamed.loss) == (kept.accuracy, pytest.approx(kept.loss, rel=1e-5))
+    assert streamed.skipped == kept.skipped == 1
+    assert "; 1 unreadable left out, the first is " in told[0].data
+    assert told[0].data.endswith("notes.txt")
+    with pytest.raises(CorruptImageError, match=r"notes.txt: .*skip_corrupt"):
+        train(settings_from({"skip_corrupt": False}, config=config))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
+def test_reviews_go_on_with_a_stream_in_batches_that_are_no_larger_than_those_of_training(photos: Path) -> None:
+    (photos / "dark" / "notes.txt").unlink()
+    effort = Effort(probe_samples=16, audit_samples=16, audit_filters=3)
+    network = build("resnet8", width=0.5, num_classes=2)
+    seen: set[int] = set()
+    network.register_forward_hook(lambda module, inputs, output: seen.add(len(inputs[0])))
+    settings = {"size": 8, "limit": None, "batch_size": 4, "stream_above": 0, "workers": 2, "effort": effort}
+    result = train(short(data=f"folder:{photos}", **settings), network=network)
+    assert max(seen) == 4
+    assert result.reviews == 3
+    assert result.removed > 0
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    """Small enough to be compiled in seconds."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # what the compiler warns of is not ours
+def test_a_compiled_run_is_the_eager_run_through_surgery() -> None:
+    from torch._dynamo.utils import counters
+
+    budget = Budget(macs=0.6, count=2, begin=0.2, end=0.8, grace=1)
+    settings = short(model=f"{__name__}:Tiny", width=1.0, lr=0.05, budget=budget, ema=0.5)
+    losses: dict[bool, list[float]] = {}
+    results = {}
+    for quickly in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        told: list[Progress] = []
+        results[quickly] = train(settings.model_copy(update={"compile": quickly}), report=told.append)
+        losses[quickly] = [p.loss for p in told if p.loss is not None] + [results[quickly].loss]
+        assert (counters["stats"]["unique_graphs"] > 0) == quickly
+    assert results[True].removed > 0
+    assert results[True].widths == results[False].widths
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+    resized = [e for e in results[True].history if e.maps]
+    assert counters["stats"]["unique_graphs"] == 1 + len(resized)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_what_cannot_be_compiled_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/c++",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    torch.compiler.reset()
+    with pytest.raises(ModelError, match=r"torch cannot compile my_net here: .*; train with compile = false"):
+        compiled(lambda x, y: (x.sin() * y).sum(), "my_net")(torch.ones(7, requires_grad=True), torch.ones(7))
+
+
 def test_the_number_of_threads_is_put_back() -> None:
     before = torch.get_num_threads()
     assert train(short(edit=False, epochs=1, limit=32, threads=before + 1)).threads == before + 1
@@ -326,6 +502,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"effort": {"probe_samples": 0}}, r"'effort'.*probe_samples >= 1"),
     ({"lr": float("nan")}, r"'lr'.*finite"),
     ({"width": -1}, r"'width'.*greater than 0, got -1"),
+    ({"ema": 1}, r"'ema'.*less than 1, got 1"),
+    ({"schedule": "linear"}, r"'schedule'.*'one-cycle' or 'cosine', got 'linear'"),
     ({"qwertz": 3}, r"allowed are model, data, .*effort\.audit_filters"),
 ]
 

@@ -311,9 +311,11 @@ def _aim(policy: Policy) -> str:
 
 
 def _opening(settings: training.Settings, p: training.Progress) -> str:
+    """What is trained in a line, and on what images in another."""
     aim = _aim(settings.policy)
     start = f"{_short(p.macs_start)} MACs, {_short(p.params_start)} parameters"
-    return f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
+    run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
+    return f"{run}\n{p.data}"
 
 
 def _told(event: Event, number: int) -> str:

@@ -1,7 +1,8 @@
 """Image sets of the laboratory: every split one tensor on the device, cropped, flipped and scaled in batches.
 
-Letters in shapes: N images, C channels, H rows, W columns. A pixel is a fraction of full scale, 0 to 1, as float32, or
-its 255-fold as uint8. Nothing is cached on disk.
+A set that would be too large for that stays encoded, and worker processes decode its batches ahead of time; whoever
+reads batches sees no difference. Letters in shapes: N images, C channels, H rows, W columns. A pixel is a fraction of
+full scale, 0 to 1, as float32, or its 255-fold as uint8. Nothing is cached on disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import difflib
 import io
 import json
 import logging
+import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 _log = logging.getLogger(__name__)
 
@@ -29,12 +33,17 @@ Part: TypeAlias = Literal["train", "held_out", "test"]
 Edge: TypeAlias = Literal["reflect", "zero"]
 """What a crop sees beyond the border: the image mirrored at its outermost pixels, or black."""
 
-FORMS = ("digits", "cifar10:PATH", "folder:PATH", "hf:NAME[:CONFIG]")
+FORMS = ("digits", "cifar10:PATH", "cifar100:PATH", "folder:PATH", "hf:NAME[:CONFIG]")
 """The texts that `load` takes."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
+STREAM_ABOVE = 2048
+"""MiB of decoded images, all splits together, above which a set is streamed unless another limit is given."""
+
 _CHUNK = 4096  # images that are turned into floats at once: bounds the memory, not the result
+_SURVEYED = 64  # images that a worker looks at before it reports
+_LISTED = 12  # classes that are listed one by one where a set is described
 
 
 class DataError(ValueError):
@@ -53,17 +62,78 @@ class UnknownDataError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """Images that stay encoded until a batch of them is wanted: (N, C, H, W) in uint8, once decoded.
+
+    `encoded` holds image files as bytes or paths, and `where` says where each of them is, for people. They are resized
+    to squares of `side` where one is given, their extent is then (H, W) as `extent` says, and `pool` makes it smaller.
+    `workers` processes decode them, 0 for none but this one; batches are for `device`.
+    """
+
+    encoded: Sequence[bytes | Path | None]
+    where: Sequence[str]
+    side: int | None
+    extent: tuple[int, int]
+    pool: int
+    workers: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of the decoded images."""
+        return len(self), 3, self.extent[0] // self.pool, self.extent[1] // self.pool
+
+    def __getitem__(self, index: Tensor) -> Pictures:
+        """The pictures at these positions (int64), in this order, still encoded."""
+        chosen = index.tolist()
+        return replace(self, encoded=_Picked(self.encoded, chosen), where=_Picked(self.where, chosen))
+
+    def to(self, device: torch.device | str) -> Pictures:
+        """The same pictures, for batches on this device."""
+        return replace(self, device=torch.device(device))
+
+    def decoded(self, positions: Sequence[int]) -> Tensor:
+        """(len(positions), C, H, W) in uint8, in this process, on the CPU. Raises CorruptImageError."""
+        pixels = []
+        for position in positions:
+            try:
+                pixels.append(_pixels(self.encoded[position], self.side, self.extent))
+            except _UNREADABLE as error:
+                where = self.where[position]
+                raise CorruptImageError(f"{where}: {_reason(error)}; it was readable when it was loaded") from error
+        return pooled(_stacked(pixels), self.pool)
+
+    def batches(self, index: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each of these tensors of positions the images there, decoded ahead of time, on the device.
+
+        Raises CorruptImageError where a file has been damaged or taken away since it was loaded.
+        """
+        pinned = self.device.type == "cuda"  # only out of such memory is a copy to a GPU made while it computes
+        chunks = [positions.tolist() for positions in index]
+        for images in _worked(_Decoded(self), chunks, workers=self.workers, pinned=pinned):
+            if isinstance(images, str):
+                raise CorruptImageError(images)
+            yield images.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """Images (N, C, H, W) in float32 or uint8 and their labels (N,) in int64, on one device.
 
-    Raises DataError where the tensors do not fit each other, or hold no image.
+    The images are one tensor, or `Pictures` where they are streamed.
+    Raises DataError where they do not fit each other, or where there is no image.
     """
 
-    images: Tensor
+    images: Tensor | Pictures
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype not in (torch.float32, torch.uint8):
+        if isinstance(self.images, Tensor) and (
+            self.images.ndim != 4 or self.images.dtype not in (torch.float32, torch.uint8)
+        ):
             got = f"{self.images.dtype} of shape {tuple(self.images.shape)}"
             raise DataError(f"images of a split are {got}, expected float32 or uint8 of shape (N, C, H, W)")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
@@ -89,7 +159,7 @@ class ImageSet:
     """A classification task: its splits, its class names, and how its images are scaled and augmented.
 
     `mean` and `std` are per channel, of the pixels (0 to 1) of the training split. `skipped` names the files or rows
-    that held no readable image and were left out on request.
+    that held no readable image and were left out on request. `str` tells splits and class counts in a line.
     """
 
     name: str
@@ -113,6 +183,18 @@ class ImageSet:
         """Training images of each class."""
         counts = torch.bincount(self.train.labels, minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def __str__(self) -> str:
+        """Splits, class counts and what was left out, in one line for people."""
+        splits = {"training": self.train, "held-out": self.held_out, "test": self.test}
+        *most, last = [f"{len(split)} {name}" for name, split in splits.items() if split is not None]
+        parts = [f"{self.name}: {', '.join(most)} and {last} images of {' x '.join(map(str, self.image_shape))}"]
+        if isinstance(self.train.images, Pictures):
+            parts.append(f"streamed by {self.train.images.workers} workers")
+        parts.append(_counted(self.class_counts))
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} unreadable left out, the first is {self.skipped[0]}")
+        return "; ".join(parts)
 
     def part(self, name: Part) -> Split:
         """One of the splits. Raises DataError for a held-out part that was not asked for when the set was loaded."""
@@ -147,6 +229,14 @@ class ImageSet:
         return Batches(self.part(part), batch_size=batch_size, mean=self.mean, std=self.std, shuffle=False)
 
 
+def _counted(counts: Mapping[str, int]) -> str:
+    """Training images by class: each of them, or of many classes the smallest and the largest."""
+    if len(counts) <= _LISTED:
+        return "training images by class: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+    least, most = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
+    return f"{len(counts)} classes of {counts[least]} ({least}) to {counts[most]} ({most}) training images"
+
+
 # --- pure functions of pixels ---------------------------------------------------------------------------------------
 
 
@@ -170,7 +260,11 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     for chunk in torch.split(images, _CHUNK):
         pixels = unit(chunk).double()
         total += torch.stack([pixels.sum((0, 2, 3)), pixels.square().sum((0, 2, 3))])
-    mean, square = total / count
+    return _mean_and_std(*(total / count))
+
+
+def _mean_and_std(mean: Tensor, square: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel from the means of its values and of their squares, (C,) each."""
     variance = square - mean.square()
     std = torch.where(variance > 1e-12, variance, torch.ones_like(variance)).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -345,13 +439,23 @@ class Batches:
         count, device = len(self.split), self.split.images.device
         generator = _generator(self.seed, epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        order = order.to(device)
         draws = self.augmentation.draw(count, generator).to(device)
-        for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            stop = min(start + self.batch_size, count)
-            batch = self.split.take(order[start:stop])
-            images = self.augmentation.apply(batch.images, draws.slice(start, stop))
-            yield scale(images, self._mean, self._std), batch.labels
+        starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        windows = [(start, min(start + self.batch_size, count)) for start in starts]
+        for (start, stop), (images, labels) in zip(windows, self._taken(order, windows), strict=True):
+            augmented = self.augmentation.apply(images, draws.slice(start, stop))
+            yield scale(augmented, self._mean, self._std), labels
+
+    def _taken(self, order: Tensor, windows: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels at the positions in each window of the order, as the split holds them."""
+        images, placed = self.split.images, order.to(self.split.images.device)
+        taken: Iterator[Tensor]
+        if isinstance(images, Tensor):
+            taken = (images[placed[start:stop]] for start, stop in windows)
+        else:
+            taken = images.batches([order[start:stop] for start, stop in windows])
+        for (start, stop), batch in zip(windows, taken, strict=True):
+            yield batch, self.split.labels[placed[start:stop]]
 
     @property
     def epoch(self) -> int:
@@ -399,21 +503,29 @@ def load(
     size: int | None = None,
     split_seed: int = 0,
     skip_corrupt: bool = False,
+    stream_above: float = STREAM_ABOVE,
+    workers: int | None = None,
 ) -> ImageSet:
-    """The image set that `text` names: `digits`, `cifar10:PATH`, `folder:PATH`, `hf:NAME[:CONFIG]`.
+    """The image set that `text` names: `digits`, `cifar10:PATH`, `cifar100:PATH`, `folder:PATH`, `hf:NAME[:CONFIG]`.
 
     `limit` keeps the first training images of a fixed permutation, so that a smaller limit is part of a larger one;
     `holdout` is the share of each class of those that is set apart for choices. `pool` averages that many pixels by as
     many into one. `size` is the side to which images of a folder (32 if not given) or of the hub are resized.
     All splits depend on `split_seed` alone. A file or row without a readable image is refused, or with `skip_corrupt`
     left out, logged, and named in `skipped`.
+
+    Images that would be more than `stream_above` MiB when decoded are not kept but streamed by `workers` processes
+    (None: one per core, at most 8), once they have all been looked at. The batches are the same, whatever the number
+    of workers.
+
     Raises UnknownDataError for another text, DataError where the data do not fit what is asked, and CorruptImageError.
     """
     options = _Options(
-        holdout=holdout, limit=limit, pool=pool, size=size, split_seed=split_seed, skip_corrupt=skip_corrupt
-    )
+        holdout=holdout, limit=limit, pool=pool, size=size, split_seed=split_seed, skip_corrupt=skip_corrupt,
+        stream_above=stream_above, workers=_cores() if workers is None else workers,
+    )  # fmt: skip
     kind, _, rest = text.partition(":")
-    if size is not None and kind in ("digits", "cifar10"):
+    if size is not None and kind in ("digits", "cifar10", "cifar100"):
         raise DataError(f"images of {kind} have a size of their own: give no size, use pool to make them smaller")
     if text == "digits":
         return _finish(_digits(), options)
@@ -444,9 +556,10 @@ def cifar10(
 ) -> ImageSet:
     """CIFAR-10 or CIFAR-100 out of a folder: Parquet files train*.parquet and test*.parquet, or the binary batches.
 
-    Parquet: a column `img` or `image` of encoded images, and `label` or `fine_label`. Binary: data_batch_*.bin and
-    test_batch.bin, or train.bin and test.bin of CIFAR-100 with its fine labels. Images are 3 x H x W, uint8. Where they
-    come as lossy JPEG, the name of the set says so. The keywords, and what is raised, are those of `load`.
+    Parquet: a column `img` or `image` of encoded images, and `label`, `fine_label` or, where there is neither,
+    `coarse_label`. Binary: data_batch_*.bin and test_batch.bin, or train.bin and test.bin of CIFAR-100 with its fine
+    labels; the Python version is refused, because it is pickle. Images are 3 x H x W, uint8. Where they come as lossy
+    JPEG, the name of the set says so. The keywords, and what is raised, are those of `load`.
     """
     return load(
         f"cifar10:{path}", holdout=holdout, limit=limit, pool=pool, split_seed=split_seed, skip_corrupt=skip_corrupt
@@ -493,12 +606,33 @@ class _Options:
     size: int | None
     split_seed: int
     skip_corrupt: bool
+    stream_above: float
+    workers: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise DataError(f"the held-out share is {self.holdout}, allowed are 0 (none) to below 1")
         if self.size is not None and self.size < 1:
             raise DataError(f"images cannot be resized to {self.size} pixels, allowed are 1 and more")
+        if self.pool < 1:
+            raise DataError(f"images cannot be pooled by {self.pool}, allowed are 1 and more")
+        if not self.stream_above >= 0 or self.workers < 0:
+            got = f"{self.stream_above} MiB by {self.workers} workers"
+            raise DataError(f"images cannot be streamed above {got}: both are 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class _Picked(Sequence[Any]):
+    """The items at some positions of a sequence, fetched when they are asked for."""
+
+    items: Sequence[Any]
+    positions: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.items[self.positions[number]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -514,7 +648,7 @@ class _Encoded:
 
     def take(self, index: Tensor) -> _Encoded:
         chosen = index.tolist()
-        images, where = [self.images[i] for i in chosen], [self.where[i] for i in chosen]
+        images, where = _Picked(self.images, chosen), _Picked(self.where, chosen)
         return _Encoded(images=images, labels=self.labels[index], where=where)
 
 
@@ -538,7 +672,36 @@ _TEST_SHARE = 0.2
 
 
 def _finish(source: _Source, options: _Options) -> ImageSet:
-    """Splits, decodes, pools, measures."""
+    """Splits, decodes or surveys, pools, measures."""
+    side = options.size or source.size
+    parts = _parts(source, options)
+    read = _surveyed if _too_large(parts.values(), side, options) else _decoded
+    found = {part: read(raw, side, options) for part, raw in parts.items()}
+    shapes = {part: tuple(it.split.images.shape[1:]) for part, it in found.items()}
+    if len(set(shapes.values())) > 1:
+        raise DataError(f"the splits of {source.name} hold images of different shapes: {shapes}")
+    height, width = shapes["train"][1:]
+    skipped = tuple(item for it in found.values() for item in it.skipped)
+    if skipped:
+        count, whole = len(skipped), sum(len(raw) for raw in parts.values())
+        _log.warning("left out %d of %d images of %s; the first is %s: %s", count, whole, source.name, *skipped[0])
+    mean, std = found["train"].statistics
+    return ImageSet(
+        name=source.name if options.pool == 1 else f"{source.name}, pooled to {height} x {width}",
+        classes=source.classes,
+        train=found["train"].split,
+        held_out=found["held_out"].split if "held_out" in found else None,
+        test=found["test"].split,
+        mean=mean,
+        std=std,
+        # An eighth of the side is the usual crop of CIFAR (4 of 32), kept in proportion for other sizes.
+        augmentation=source.augmentation or Augmentation(padding=min(height, width) // 8, flip=True),
+        skipped=tuple(where for where, _ in skipped),
+    )
+
+
+def _parts(source: _Source, options: _Options) -> dict[Part, Split | _Encoded]:
+    """The splits before they are decoded, train first."""
     seed = options.split_seed
     train, test = source.train, source.test
     if test is None:
@@ -550,29 +713,7 @@ def _finish(source: _Source, options: _Options) -> ImageSet:
     if options.holdout:
         rest, apart = _set_apart(train.labels, options.holdout, _generator(seed, _HOLDOUT_STREAM))
         parts["train"], parts["held_out"] = train.take(rest), train.take(apart)
-    splits: dict[Part, Split] = {}
-    skipped: list[str] = []
-    for part, raw in parts.items():
-        split, left_out = _decoded(raw, options.size or source.size, skip_corrupt=options.skip_corrupt)
-        splits[part] = replace(split, images=pooled(split.images, options.pool))
-        skipped += left_out
-    shapes = {part: tuple(split.images.shape[1:]) for part, split in splits.items()}
-    if len(set(shapes.values())) > 1:
-        raise DataError(f"the splits of {source.name} hold images of different shapes: {shapes}")
-    height, width = splits["train"].images.shape[2:]
-    mean, std = channel_statistics(splits["train"].images)
-    return ImageSet(
-        name=source.name if options.pool == 1 else f"{source.name}, pooled to {height} x {width}",
-        classes=source.classes,
-        train=splits["train"],
-        held_out=splits.get("held_out"),
-        test=splits["test"],
-        mean=mean,
-        std=std,
-        # An eighth of the side is the usual crop of CIFAR (4 of 32), kept in proportion for other sizes.
-        augmentation=source.augmentation or Augmentation(padding=min(height, width) // 8, flip=True),
-        skipped=tuple(skipped),
-    )
+    return parts
 
 
 def _set_apart(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -600,47 +741,200 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 """What pillow raises for bytes that are no image, or half of one."""
 
 
-def _decoded(raw: Split | _Encoded, size: int | None, *, skip_corrupt: bool) -> tuple[Split, list[str]]:
-    """The split, and what was left out of it. Raises CorruptImageError where nothing may be left out."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A split once its images have been read, its mean and deviation by channel, and what was left out and why."""
+
+    split: Split
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    skipped: Sequence[tuple[str, str]] = ()
+
+
+def _decoded(raw: Split | _Encoded, side: int | None, options: _Options) -> _Found:
+    """The split in memory. Raises CorruptImageError where nothing may be left out."""
     if isinstance(raw, Split):
-        return raw, []
+        assert isinstance(raw.images, Tensor), "no reader makes pictures"
+        return _in_memory(raw.images, raw.labels, options)
     pixels: list[np.ndarray] = []
     kept: list[int] = []
-    skipped: list[str] = []
-    for number, (data, where) in enumerate(zip(raw.images, raw.where, strict=True)):
+    skipped: list[tuple[str, str]] = []
+    for number, data in enumerate(raw.images):
         try:
-            image = _pixels(data, size)
-            if pixels and image.shape != pixels[0].shape:
-                got, expected = (f"{a.shape[0]} x {a.shape[1]}" for a in (image, pixels[0]))
-                raise ValueError(f"its extent is {got}, that of the images before it is {expected}")
+            pixels.append(_pixels(data, side, pixels[0].shape[:2] if pixels else None))
+            kept.append(number)
         except _UNREADABLE as error:
-            if not skip_corrupt:
-                raise CorruptImageError(f"{where}: {_reason(error)}; mend it, or skip corrupt images") from error
-            _log.warning("left out %s: %s", where, _reason(error))
-            skipped.append(where)
-            continue
-        pixels.append(image)
-        kept.append(number)
+            skipped.append(_left_out(raw.where[number], _reason(error), options))
     if not pixels:
         raise DataError(f"none of {len(raw)} images can be read; the first is {raw.where[0]}")
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return Split(images=images, labels=raw.labels[kept]), skipped
+    return _in_memory(_stacked(pixels), raw.labels[kept], options, skipped)
 
 
-def _pixels(data: bytes | Path | None, size: int | None) -> np.ndarray:
-    """The image as RGB, (H, W, 3) in uint8; upright, cut to a square and resized where a size is given."""
+def _in_memory(images: Tensor, labels: Tensor, options: _Options, skipped: Sequence[tuple[str, str]] = ()) -> _Found:
+    split = Split(images=(smaller := pooled(images, options.pool)), labels=labels)
+    return _Found(split=split, statistics=channel_statistics(smaller), skipped=skipped)
+
+
+def _left_out(where: str, reason: str, options: _Options) -> tuple[str, str]:
+    """The place and the reason. Raises CorruptImageError where nothing may be left out."""
+    if not options.skip_corrupt:
+        raise CorruptImageError(f"{where}: {reason}; mend it, or skip corrupt images (skip_corrupt)")
+    _log.info("left out %s: %s", where, reason)
+    return where, reason
+
+
+def _stacked(pixels: Sequence[np.ndarray]) -> Tensor:
+    """n images (H, W, 3) in uint8 -> (n, 3, H, W)."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _pixels(data: bytes | Path | None, side: int | None, extent: Sequence[int] | None = None) -> np.ndarray:
+    """The image as RGB, (H, W, 3) in uint8; upright, cut to a square and resized where a side is given.
+
+    Raises one of `_UNREADABLE`, also for an image of another extent (H, W) where one is expected.
+    """
     if data is None:
         raise ValueError("there are no bytes")
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-        if size is None:
-            return np.asarray(image.convert("RGB"))
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
+        if side is None:
+            pixels = np.asarray(image.convert("RGB"))
+        else:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            pixels = np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR))
+    if extent is not None and pixels.shape[:2] != tuple(extent):
+        got, expected = (" x ".join(map(str, found)) for found in (pixels.shape[:2], extent))
+        raise ValueError(f"its extent is {got}, that of the images before it is {expected}")
+    return pixels
 
 
 def _reason(error: BaseException) -> str:
     """What is wrong with an image, without pillow's account of the buffer that it was in."""
     return "no readable image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+
+
+# --- sets that are too large for the memory ------------------------------------------------------------------------
+
+
+def _cores() -> int:
+    """Processes that decode unless another number is given: one per core, at most 8."""
+    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(8, len(ours))
+
+
+def _too_large(parts: Iterable[Split | _Encoded], side: int | None, options: _Options) -> bool:
+    """Whether the decoded images of all parts together would take more than the options allow."""
+    encoded = [raw for raw in parts if isinstance(raw, _Encoded)]
+    extent = _extent(encoded[0], side) if encoded else None
+    if extent is None:  # in memory already, or nothing can be read, which is said elsewhere
+        return False
+    each = 3 * math.prod(length // options.pool for length in extent)
+    return each * sum(map(len, encoded)) > options.stream_above * 2**20
+
+
+def _extent(raw: _Encoded, side: int | None) -> tuple[int, int] | None:
+    """(H, W) of the first image that can be read, None where none can."""
+    if side is not None:
+        return side, side
+    for data in raw.images:
+        try:
+            height, width = _pixels(data, None).shape[:2]
+            return height, width
+        except _UNREADABLE:
+            continue
+    return None
+
+
+def _surveyed(raw: Split | _Encoded, side: int | None, options: _Options) -> _Found:
+    """The split, still encoded, after every image has been decoded once. Raises CorruptImageError as `_decoded` does.
+
+    A damaged file is thereby named before training starts, and the length of an epoch is known.
+    """
+    if isinstance(raw, Split) or (extent := _extent(raw, side)) is None:
+        return _decoded(raw, side, options)
+    pooled(torch.zeros(1, 1, *extent), options.pool)  # raises where it cannot be
+    survey = _Survey(raw.images, side, extent, options.pool)
+    chunks = [range(n, min(n + _SURVEYED, len(raw))) for n in range(0, len(raw), _SURVEYED)]
+    kept: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for chunk, (reasons, more) in zip(chunks, _worked(survey, chunks, workers=options.workers), strict=True):
+        for number, reason in zip(chunk, reasons, strict=True):
+            if reason is None:
+                kept.append(number)
+            else:
+                skipped.append(_left_out(raw.where[number], reason, options))
+        counts += more
+    if not kept:
+        raise DataError(f"none of {len(raw)} images can be read; the first is {raw.where[0]}")
+    left = raw.take(torch.tensor(kept))
+    pictures = Pictures(
+        encoded=left.images, where=left.where, side=side, extent=extent, pool=options.pool, workers=options.workers,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    shares = torch.from_numpy(counts / counts.sum(1, keepdims=True))
+    levels = unit(torch.arange(256, dtype=torch.uint8)).double()
+    statistics = _mean_and_std(shares @ levels, shares @ levels.square())
+    return _Found(split=Split(images=pictures, labels=left.labels), statistics=statistics, skipped=skipped)
+
+
+class _Survey(Dataset[tuple[list[str | None], np.ndarray]]):
+    """For a list of positions: of each image why it is unreadable, or None; and how often which pixels occur.
+
+    The pixels are counted by channel and value after pooling, (C, 256) in int64.
+    """
+
+    def __init__(
+        self, encoded: Sequence[bytes | Path | None], side: int | None, extent: tuple[int, int], pool: int
+    ) -> None:
+        self.encoded, self.side, self.extent, self.pool = encoded, side, extent, pool
+
+    def __getitem__(self, positions: Sequence[int]) -> tuple[list[str | None], np.ndarray]:
+        counts = np.zeros((3, 256), dtype=np.int64)
+        return [self._count(self.encoded[position], counts) for position in positions], counts
+
+    def _count(self, data: bytes | Path | None, counts: np.ndarray) -> str | None:
+        """Adds the pixels of an image to the counts, or says why it is unreadable."""
+        try:
+            image = pooled(_stacked([_pixels(data, self.side, self.extent)]), self.pool)[0]
+        except _UNREADABLE as error:
+            return _reason(error)
+        counts += np.stack([np.bincount(channel, minlength=256) for channel in image.flatten(1).numpy()])
+        return None
+
+
+class _Decoded(Dataset[Tensor | str]):
+    """For a list of positions the decoded images; a sentence where one cannot be read.
+
+    A sentence, because an exception would come out of a worker with a traceback inside its message.
+    """
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __getitem__(self, positions: Sequence[int]) -> Tensor | str:
+        try:
+            return self.pictures.decoded(positions)
+        except CorruptImageError as error:
+            return str(error)
+
+
+def _worked(
+    dataset: Dataset[Any], chunks: Sequence[Sequence[int]], *, workers: int, pinned: bool = False
+) -> Iterator[Any]:
+    """What the data set gives for every chunk, in order, made ahead of time by worker processes."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=chunks,
+        num_workers=min(workers, len(chunks)),
+        collate_fn=_as_it_is,
+        pin_memory=pinned,
+        generator=torch.Generator(),  # without one the loader would move the global generator
+    )
+    yield from loader
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 # --- readers --------------------------------------------------------------------------------------------------------
@@ -667,6 +961,7 @@ def _cifar(text: str) -> _Source:
             return _binary("CIFAR-100", inner, "train.bin", "test.bin", _numbered(100), label_bytes=2)
     train_files, test_files = _parquet_files(place, "train"), _parquet_files(place, "test")
     if not train_files or not test_files:
+        _refuse_pickle(place)
         missing = "test*.parquet" if train_files else "train*.parquet"
         raise DataError(f"{place} holds no {missing} and no binary batches of CIFAR: give the folder that does")
     train, test = _Table.read(train_files), _Table.read(test_files)
@@ -674,6 +969,29 @@ def _cifar(text: str) -> _Source:
     name = {10: "CIFAR-10", 100: "CIFAR-100"}.get(len(classes), place.name)
     lossy = any(isinstance(data, bytes) and data.startswith(_JPEG) for data in train.encoded.images)
     return _Source(name=f"{name} (JPEG)" if lossy else name, classes=classes, train=train.encoded, test=test.encoded)
+
+
+_PICKLED = {"CIFAR-10": ("cifar-10-batches-py", "data_batch_1"), "CIFAR-100": ("cifar-100-python", "train")}
+"""The folder and a file of the Python version."""
+
+
+def _refuse_pickle(place: Path) -> None:
+    """Raises DataError where the Python version of CIFAR lies."""
+    for name, (inner, file) in _PICKLED.items():
+        if found := next((folder for folder in (place, place / inner) if (folder / file).is_file()), None):
+            raise DataError(
+                f"{found} holds the Python version of {name}, which is pickle and would run what code is in it: "
+                f"take the binary version, {name.lower()}-binary.tar.gz"
+            )
+
+
+def _cifar100(text: str) -> _Source:
+    source = _cifar(text)
+    if (count := len(source.classes)) not in (100, 20):
+        raise DataError(
+            f"{text} holds {count} classes, those of CIFAR-100 are 100 or, coarsely, 20: try cifar10:{text}"
+        )
+    return source
 
 
 def _folder(text: str) -> _Source:
@@ -708,13 +1026,32 @@ def _hub(text: str) -> _Source:
         raise DataError(f"the column {label!r} of hf:{text} is {features[label]}, expected class labels")
     encoded = {}
     for part in [part for part in ("train", "test", "validation") if part in found]:
-        rows = found[part].cast_column(image, datasets.Image(decode=False))
-        encoded[part] = _encoded(rows[image], rows[label], f"hf:{text} {part}")
+        rows = found[part].cast_column(image, datasets.Image(decode=False)).select_columns([image])
+        encoded[part] = _encoded(_HubImages(rows, image), found[part][label], f"hf:{text} {part}")
     test = encoded.get("test", encoded.get("validation"))
     return _Source(name=name, classes=tuple(features[label].names), train=encoded["train"], test=test)
 
 
-_READERS: Mapping[str, Callable[[str], _Source]] = {"cifar10": _cifar, "folder": _folder, "hf": _hub}
+_READERS: Mapping[str, Callable[[str], _Source]] = {
+    "cifar10": _cifar,
+    "cifar100": _cifar100,
+    "folder": _folder,
+    "hf": _hub,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _HubImages(Sequence[Any]):
+    """The encoded images in a column of a hub's table, which stays on the disk until they are asked for."""
+
+    rows: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        return _content(self.rows[number][self.column])
 
 
 def _existing_folder(text: str) -> Path:
@@ -750,19 +1087,19 @@ def _class_files(place: Path, classes: Sequence[str]) -> _Encoded:
     return _Encoded(images=files, labels=torch.tensor(labels), where=[str(file) for file in files])
 
 
-def _encoded(images: Iterable[object], labels: Iterable[int | None], place: str) -> _Encoded:
-    """Rows of a table: an image is bytes, or a mapping with bytes or a path. Raises DataError for a missing label."""
-    where, contents, numbers = [], [], []
-    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+def _encoded(images: Sequence[bytes | Path | None], labels: Iterable[int | None], place: str) -> _Encoded:
+    """Rows of a table. Raises DataError for a missing label."""
+    numbers = []
+    for row, label in enumerate(labels):
         if label is None or label < 0:
             raise DataError(f"{place}, row {row} has the label {label}, expected a number from 0 on")
-        where.append(f"{place}, row {row}")
-        contents.append(_content(image))
         numbers.append(label)
-    return _Encoded(images=contents, labels=torch.tensor(numbers), where=where)
+    where = [f"{place}, row {row}" for row in range(len(numbers))]
+    return _Encoded(images=images, labels=torch.tensor(numbers), where=where)
 
 
 def _content(image: object) -> bytes | Path | None:
+    """The image in a row of a table: bytes, or a mapping with bytes or a path; None where there is neither."""
     if isinstance(image, Mapping):
         if image.get("bytes") is None and image.get("path"):
             return Path(str(image["path"]))
@@ -770,12 +1107,16 @@ def _content(image: object) -> bytes | Path | None:
     return image if isinstance(image, bytes) else None
 
 
+_CIFAR100_LABELS = {"fine_label": 100, "coarse_label": 20}
+"""Columns of labels of CIFAR-100, and how many classes each tells apart. The first that is there counts."""
+
+
 def _columns(present: Sequence[str], place: str) -> tuple[str, str]:
     """The names of the image and label columns. Raises DataError where one is missing."""
     image = next((name for name in ("img", "image") if name in present), None)
-    label = next((name for name in ("label", "fine_label") if name in present), None)
+    label = next((name for name in ("label", *_CIFAR100_LABELS) if name in present), None)
     if image is None or label is None:
-        wanted = "img or image" if image is None else "label or fine_label"
+        wanted = "img or image" if image is None else "label, fine_label or coarse_label"
         raise DataError(f"{place} has the columns {', '.join(present)}, expected one named {wanted}")
     return image, label
 
@@ -803,13 +1144,14 @@ class _Table:
             except pyarrow.ArrowException as error:
                 raise DataError(f"{file} is no readable Parquet file: {error}") from error
             names = names or _label_names(schema.metadata, label)
-            if names is None and label == "fine_label":
-                names = _numbered(100)
-            parts.append(_encoded(table[image].to_pylist(), table[label].to_pylist(), file.name))
-        images = [image for part in parts for image in part.images]
+            if names is None and label in _CIFAR100_LABELS:
+                names = _numbered(_CIFAR100_LABELS[label])
+            images = [_content(row) for row in table[image].to_pylist()]
+            parts.append(_encoded(images, table[label].to_pylist(), file.name))
+        contents = [content for part in parts for content in part.images]
         where = [place for part in parts for place in part.where]
         labels = torch.cat([part.labels for part in parts])
-        return cls(encoded=_Encoded(images=images, labels=labels, where=where), names=names)
+        return cls(encoded=_Encoded(images=contents, labels=labels, where=where), names=names)
 
     def classes(self, other: _Table) -> tuple[str, ...]:
         """The classes of this and the other split. Raises DataError, with the row, where a label has no class."""
@@ -847,13 +1189,15 @@ def _binary(name: str, place: Path, train: str, test: str, classes: tuple[str, .
     files = sorted(place.glob(train))
     if not files:
         raise DataError(f"{place} holds {test} but no {train}: put all binary batches into one folder")
-    parts = [_records(file, classes=len(classes), label_bytes=label_bytes) for file in (*files, place / test)]
-    images = torch.cat([part.images for part in parts[:-1]])
-    joined = Split(images=images, labels=torch.cat([part.labels for part in parts[:-1]]))
-    return _Source(name=name, classes=classes, train=joined, test=parts[-1])
+    parts = [_records(file, classes=len(classes), label_bytes=label_bytes) for file in files]
+    images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    last = _records(place / test, classes=len(classes), label_bytes=label_bytes)
+    train_split, test_split = Split(images=images, labels=labels), Split(images=last[0], labels=last[1])
+    return _Source(name=name, classes=classes, train=train_split, test=test_split)
 
 
-def _records(file: Path, *, classes: int, label_bytes: int) -> Split:
+def _records(file: Path, *, classes: int, label_bytes: int) -> tuple[Tensor, Tensor]:
+    """Images and labels in one file."""
     pixels = 3 * 32 * 32
     content = np.fromfile(file, dtype=np.uint8)
     if not content.size or content.size % (label_bytes + pixels):
@@ -863,4 +1207,4 @@ def _records(file: Path, *, classes: int, label_bytes: int) -> Split:
     if (bad := np.flatnonzero(labels >= classes)).size:
         raise DataError(f"{file}, row {bad[0]} has the label {labels[bad[0]]}, allowed are 0 to {classes - 1}")
     images = torch.from_numpy(rows[:, label_bytes:].reshape(-1, 3, 32, 32).copy())
-    return Split(images=images, labels=torch.from_numpy(labels))
+    return images, torch.from_numpy(labels)

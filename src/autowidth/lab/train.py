@@ -6,9 +6,10 @@ The order of events:
     for every epoch:
         for every batch of augmented training images:
             forward, loss, backward, optimizer step, learning rate step
+            move the averaged copy, if there is one
             engine.step()                                # now and then a review, which may change widths
-        evaluate
-    save the network, the history, the settings and the result
+        evaluate the network, or its averaged copy
+    save the same, the history, the settings and the result
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from autowidth.channels import ChannelMap
 from autowidth.checkpoint import HISTORY, MODEL, RUN, save
 from autowidth.engine import AutoWidth, Criterion, Effort
 from autowidth.history import Event, History
 from autowidth.lab.baselines.training import TrainingRule
-from autowidth.lab.data import Batches, ImageSet, load
+from autowidth.lab.data import STREAM_ABOVE, Batches, ImageSet, Pictures, load
 from autowidth.lab.models import MODELS, UnknownModelError, resolve, spec
 from autowidth.policy import Auto, Budget, Never, Policy, Price
 
@@ -78,22 +80,37 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field("resnet20", description="a built-in model, or module:callable that returns an nn.Module")
-    data: str = Field("digits", description="digits, cifar10:PATH, folder:PATH or hf:NAME")
+    data: str = Field("digits", description="digits, cifar10:PATH, cifar100:PATH, folder:PATH or hf:NAME")
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     edit: bool = Field(True, description="review and resize; without it the run is plain training")
     auto: Auto = Field(Auto(), description="the policy where there is no other: finds the widths and the target")
     budget: Budget | None = Field(None, description="the policy that ends at a given cost")
     price: Price | None = Field(None, description="the policy that ends where a MAC earns what it costs")
-    effort: Effort = Field(Effort(), description="how much a review looks at")
+    effort: Effort | None = Field(
+        None, description="how much a review looks at; not given: what takes a twentieth of the run"
+    )
     epochs: int = Field(120, ge=1, description="passes over the training images")
     batch_size: int = Field(64, ge=1, description="images per optimizer step")
-    lr: float = Field(0.1, gt=0, description="peak of the one-cycle learning rate")
+    lr: float = Field(0.1, gt=0, description="peak of the learning rate")
+    schedule: Literal["one-cycle", "cosine"] = Field(
+        "one-cycle", description="one-cycle: the learning rate rises, then falls; cosine: it falls from the start"
+    )
     cycles: int = Field(1, ge=1, description="equal parts of the run, each with a learning rate cycle of its own")
     momentum: float = Field(0.9, gt=0, lt=1, description="Nesterov momentum of SGD")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay, not applied to norms and biases")
-    warmup: float = Field(0.2, ge=0, lt=1, description="share of the run in which the learning rate rises")
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of a one-cycle in which the learning rate rises")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the training loss")
     bf16: bool = Field(False, description="train under bfloat16 autocast")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="evaluate and save an exponential moving average of the weights: how much of it each step keeps, "
+        "after n steps at most (1 + n) / (10 + n)",
+    )
+    compile: bool = Field(
+        False, description="compile the forward pass and the loss; anew after every review that changes widths"
+    )
     channels_last: bool = Field(False, description="keep images and weights in the channels_last memory format")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: cuda where there is one")
     threads: int | None = Field(
@@ -109,6 +126,13 @@ class Settings(BaseModel):
     limit: int | None = Field(None, ge=1, description="keep this many training images")
     pool: int = Field(1, ge=1, description="average this many pixels by as many into one")
     size: int | None = Field(None, ge=1, description="side to which images of a folder or of the hub are resized")
+    skip_corrupt: bool = Field(False, description="leave out images that cannot be read, instead of refusing the data")
+    stream_above: float = Field(
+        STREAM_ABOVE, ge=0, description="MiB of decoded images above which a set is streamed from disk, not kept"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that decode streamed images; not given: one per core, at most 8"
+    )
     out: Path | None = Field(None, description="folder that the run is written to; None writes nothing")
 
     @model_validator(mode="after")
@@ -209,11 +233,13 @@ Moment = Literal["start", "batches", "review", "epoch"]
 class Progress:
     """Where a run stands.
 
-    `loss` is the mean training loss of this epoch so far, `accuracy` that of the last evaluation, None before it.
+    `data` tells splits and class counts in a line. `loss` is the mean training loss of this epoch so far, `accuracy`
+    that of the last evaluation, None before it.
     `event` is the last review's, None before the first.
     """
 
     moment: Moment
+    data: str
     epoch: int
     epochs: int
     step: int
@@ -245,7 +271,8 @@ class Result:
     `part` says on which images accuracy and loss were measured. `seconds` is the wall time of the loop with its
     evaluations, `review_seconds` the part of it that reviews took, `cpu_seconds` the processor time of the loop, on
     which other processes of a busy machine weigh less. `inserted_alive` counts inserted filters that are
-    still there.
+    still there, `skipped` images that were left out because they cannot be read. `network` is the averaged copy where
+    there is one.
     """
 
     model: str
@@ -262,6 +289,7 @@ class Result:
     removed: int
     inserted: int
     inserted_alive: int
+    skipped: int
     reviews: int
     seconds: float
     cpu_seconds: float
@@ -282,6 +310,12 @@ class Result:
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
+
+EVALUATED = 1000
+"""Images that are evaluated at once."""
+
+PROBED = 256
+"""Images that a review looks at together."""
 
 PULSE = 20
 """Batches between two looks at the loss. A look waits for the accelerator, so it is not taken after every batch."""
@@ -322,14 +356,14 @@ def train(
     device = find_device(settings.device)
     images = load_images(settings).to(device)
     _seed_everything(settings.seed)
-    with _threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)):
+    with _threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)), _fitted_convolutions():
         network = (network or build_network(settings, images)).to(device)
         run = _Run(settings, images, network, method or Method())
         run.follow(report)
         result = run.result()
     if settings.out is not None:
         extra = {"settings": settings.model_dump(mode="json"), "result": result.as_json()}
-        save(settings.out, network, history=result.history, channel_map=result.channel_map, extra=extra)
+        save(settings.out, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
     return result
 
 
@@ -347,6 +381,7 @@ class _Run:
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         network.to(memory_format=self.format)  # type: ignore[call-overload]
         self.images = images
+        self.about = str(images)
         self.batches = images.training_batches(settings.batch_size, seed=settings.seed)
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.loss_fn = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
@@ -355,11 +390,19 @@ class _Run:
             decayed_and_not(network, settings.weight_decay), settings.lr, settings.momentum, nesterov=True
         )
         self.schedule = LambdaLR(self.optimizer, self._rate)
+        self.loss_of = compiled(self._loss_of, settings.model) if settings.compile else self._loss_of
+        self.average = None if settings.ema is None else AveragedModel(
+            network, multi_avg_fn=self._follow, use_buffers=True
+        )  # fmt: skip
+        self.outcome = network if self.average is None else self.average.module
+        streams = isinstance(images.train.images, Pictures)
+        self.at_once = settings.batch_size if streams else EVALUATED  # large images may not fit in more
         self.ruled = max(policy.reviews(self.total_steps), default=self.total_steps) if self.rule else 0
         self.engine = AutoWidth(
             network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
-            probe=probe_batches(images, settings.seed), loss_fn=self.loss_fn, policy=policy,
-            total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
+            probe=probe_batches(images, settings.seed, min(PROBED, self.at_once)), loss_fn=self.loss_fn, policy=policy,
+            total_steps=self.total_steps, effort=settings.effort or self._fitting_effort(policy), seed=settings.seed,
+            followers=[] if self.average is None else [self.average],
             criterion=method.criterion, compensate=method.compensate,
         )  # fmt: skip
         self.accuracy: float | None = None
@@ -383,11 +426,16 @@ class _Run:
             if self.rule and self.engine.steps < self.ruled:
                 self.rule.after_epoch(self.network, self.engine.channel_map, self.engine.steps / self.ruled)
             if self._looks_after(epoch):
-                batches = self.images.plain_batches(self.part, 1000)
-                self.accuracy, self.loss = evaluate(self.network, batches, self.format)
+                batches = self.images.plain_batches(self.part, self.at_once)
+                self.accuracy, self.loss = evaluate(self.outcome, batches, self.format)
                 _finite(self.loss, f"loss on the {self.part} images", self.engine.steps, self.settings.lr)
             self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - worked
             report(self._progress("epoch", epoch, mean))
+
+    def _fitting_effort(self, policy: Policy) -> Effort:
+        """The effort at which reviews take a twentieth of this run."""
+        seen = self.total_steps * self.settings.batch_size
+        return Effort.fitting(seen, len(policy.reviews(self.total_steps)))
 
     def _looks_after(self, epoch: int) -> bool:
         """Whether the network is evaluated after this epoch; always after the last one."""
@@ -398,7 +446,7 @@ class _Run:
         """One optimizer step on images (B, C, H, W) and labels (B,); returns the loss, a scalar."""
         self.network.train()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-            loss = self.loss_fn(self.network(x.contiguous(memory_format=self.format)), y)
+            loss = self.loss_of(x.contiguous(memory_format=self.format), y)
         self.optimizer.zero_grad()
         loss.backward()
         ruled = self.rule if self.engine.steps < self.ruled else None
@@ -409,19 +457,39 @@ class _Run:
             rate = float(self.schedule.get_last_lr()[0])
             ruled.after_step(self.network, self.engine.channel_map, self.engine.steps / self.ruled, rate)
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         return loss.detach()
+
+    def _loss_of(self, x: Tensor, y: Tensor) -> Tensor:
+        """The training loss, a scalar, of images (B, C, H, W) and labels (B,)."""
+        return self.loss_fn(self.network(x), y)
+
+    def _follow(
+        self, averages: list[Tensor] | tuple[Tensor, ...], values: list[Tensor] | tuple[Tensor, ...], _: object
+    ) -> None:
+        """Moves the averages, all of one type, towards the values; counters, which have no mean, take them over."""
+        assert self.settings.ema is not None, "called only where there is an average"
+        kept = min(self.settings.ema, (1 + self.engine.steps) / (10 + self.engine.steps))
+        with torch.no_grad():
+            if averages[0].is_floating_point():
+                torch._foreach_lerp_(averages, values, 1 - kept)
+            else:
+                torch._foreach_copy_(averages, values)
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate at this step, counted from 0 and over all cycles."""
         cycle = -(-self.total_steps // self.settings.cycles)
-        return one_cycle((step % cycle + 1) / (cycle + 1), self.settings.warmup)
+        warmup = self.settings.warmup if self.settings.schedule == "one-cycle" else 0.0
+        return one_cycle((step % cycle + 1) / (cycle + 1), warmup)
 
     def _progress(self, moment: Moment, epoch: int, loss: float | None) -> Progress:
         engine = self.engine
         return Progress(
-            moment=moment, epoch=epoch, epochs=self.settings.epochs, step=engine.steps, total_steps=self.total_steps,
-            loss=loss, accuracy=self.accuracy, macs=engine.macs, macs_start=engine.macs_start, params=engine.params,
-            params_start=engine.params_start, widths=engine.widths, seconds=self.seconds, reviews=len(engine.history),
+            moment=moment, data=self.about, epoch=epoch, epochs=self.settings.epochs, step=engine.steps,
+            total_steps=self.total_steps, loss=loss, accuracy=self.accuracy, macs=engine.macs,
+            macs_start=engine.macs_start, params=engine.params, params_start=engine.params_start,
+            widths=engine.widths, seconds=self.seconds, reviews=len(engine.history),
             event=engine.history.events[-1] if len(engine.history) else None,
         )  # fmt: skip
 
@@ -433,12 +501,13 @@ class _Run:
             model=settings.model, data=self.images.name, part=self.part, seed=settings.seed, epochs=settings.epochs,
             accuracy=self.accuracy, loss=self.loss, macs=engine.macs, macs_start=engine.macs_start,
             params=engine.params, params_start=engine.params_start, removed=history.removed_total,
-            inserted=history.inserted_total, inserted_alive=history.inserted_alive, reviews=len(history),
+            inserted=history.inserted_total, inserted_alive=history.inserted_alive,
+            skipped=len(self.images.skipped), reviews=len(history),
             seconds=self.seconds, cpu_seconds=self.cpu_seconds, review_seconds=engine.review_seconds,
             device=str(self.device), threads=torch.get_num_threads(), widths_start=history.widths_start,
             widths=engine.widths,
             out=None if settings.out is None else str(settings.out),
-            network=self.network, channel_map=engine.channel_map, history=history,
+            network=self.outcome, channel_map=engine.channel_map, history=history,
         )  # fmt: skip
 
 
@@ -461,10 +530,10 @@ def decayed_and_not(network: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def probe_batches(images: ImageSet, seed: int) -> Batches:
+def probe_batches(images: ImageSet, seed: int, batch_size: int = PROBED) -> Batches:
     """Training images for reviews: not augmented, and shuffled by a generator that training does not share."""
     return Batches(
-        images.train, batch_size=min(256, len(images.train)), mean=images.mean, std=images.std, seed=seed + 2**32
+        images.train, batch_size=min(batch_size, len(images.train)), mean=images.mean, std=images.std, seed=seed + 2**32
     )
 
 
@@ -473,19 +542,24 @@ def evaluate(
 ) -> tuple[float, float]:
     """(Share of images that are classified rightly, mean cross-entropy in nats), in evaluation mode and float32."""
     network.eval()
-    right, total, count = 0, 0.0, 0
+    sums: list[Tensor] = []  # read at the end: a look at each would wait for the accelerator
+    count = 0
     with torch.no_grad():
         for x, y in batches:
             scores = network(x.contiguous(memory_format=memory_format)).float()
-            right += int((scores.argmax(1) == y).sum())
-            total += float(F.cross_entropy(scores, y, reduction="sum"))
+            right = (scores.argmax(1) == y).sum()
+            sums.append(torch.stack([right, F.cross_entropy(scores, y, reduction="sum")]).double())
             count += len(y)
-    return right / count, total / count
+    right_ones, total = sum(sums[1:], start=sums[0]).tolist()
+    return right_ones / count, total / count
 
 
 def load_images(settings: Settings) -> ImageSet:
     """The image set that the settings name. Raises as `autowidth.lab.data.load` does."""
-    return load(settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=settings.size)
+    return load(
+        settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=settings.size,
+        skip_corrupt=settings.skip_corrupt, stream_above=settings.stream_above, workers=settings.workers,
+    )  # fmt: skip
 
 
 def build_network(settings: Settings, images: ImageSet) -> nn.Module:
@@ -584,6 +658,36 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _fitted_convolutions() -> Iterator[None]:
+    """Lets cuDNN time its algorithms for every new shape, and afterwards is as it was. Without effect on a CPU.
+
+    Between two reviews all shapes stay the same, so that what the search takes is soon won back.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def compiled(loss_of: Callable[[Tensor, Tensor], Tensor], model: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same function, compiled for each shape when it is first called. Calls raise ModelError where it cannot be."""
+    from torch._dynamo.exc import TorchDynamoException  # here: half a second to import
+
+    quick = torch.compile(loss_of, dynamic=False)
+
+    def called(x: Tensor, y: Tensor) -> Tensor:
+        try:
+            return quick(x, y)
+        except TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"torch cannot compile {model} here: {reason}; train with compile = false") from error
+
+    return called
 
 
 def _seed_everything(seed: int) -> None:
