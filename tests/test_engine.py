@@ -27,6 +27,7 @@ from autowidth.engine import (
     Effort,
     ForeignOptimizerError,
     NothingToResizeError,
+    batch_norms,
     quiet,
     resize_,
     settled_norms,
@@ -95,6 +96,7 @@ class Looks:
 
     plans: Mapping[int, Mapping[str, IndexMap]] = field(default_factory=dict)
     grace: int = 2
+    joint: float = 0.0
     seen: list[Situation] = field(default_factory=list)
 
     def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
@@ -733,3 +735,52 @@ def test_what_is_measured_before_surgery_is_what_surgery_does() -> None:
     assert abs(event.measured) > 1e-4
     with quiet(model):  # after surgery the settled statistics stay
         assert mean_loss(model, held_out, F.cross_entropy) == pytest.approx(settled_loss(model), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- leaving together
+
+
+def test_the_policy_is_told_what_the_weakest_filters_of_each_group_cost_together() -> None:
+    """Against removal by hand on a copy in training mode, whose norms take the statistics of the batch."""
+    torch.manual_seed(0)
+    model = Mixed()
+    engine = attached(model, sgd(model), Looks(joint=0.5), 10)
+    engine.compensate = False
+    train(engine, 1)
+    before = copy.deepcopy(model.state_dict())
+    engine.review()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), (
+        "a trial leaves no trace"
+    )
+    (inputs, target) = looked_at()[1]
+    (situation,) = engine.policy.seen  # type: ignore[attr-defined]
+    for books in situation.books:
+        count, rise = books.together
+        assert count == round(0.5 * len(books.worth))
+        assert books.judged[:count] == tuple(int(c) for c in np.argsort(books.worth, kind="stable")[:count])
+        cut = copy.deepcopy(model)
+        for module in cut.modules():
+            module.training = isinstance(module, nn.BatchNorm2d)
+        with torch.no_grad():
+            whole = F.cross_entropy(cut(inputs), target)
+            weights = {**dict(cut.named_parameters()), **dict(cut.named_buffers())}
+            for place in engine.channel_map.group(books.name).with_role("read"):
+                for channel in books.judged[:count]:
+                    for position in place.index[channel]:
+                        weights[place.axis.name].select(place.axis.dim, position).zero_()
+            assert rise == pytest.approx(float(F.cross_entropy(cut(inputs), target) - whole), abs=1e-5)
+
+
+def test_norms_under_batch_statistics_keep_their_own() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model.eval()
+    x = torch.randn(8, 1, 5, 5) * 3 + 1
+    before = copy.deepcopy(model.state_dict())
+    with batch_norms(model, among=[model[1]]):
+        y = model[1](model[0](x))
+        assert y.mean().item() == pytest.approx(0, abs=1e-5)
+        assert y.std().item() == pytest.approx(1, abs=0.05)
+        assert not model[2].training, "a norm that is not trained is left alone"
+        model(x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model[1].training and model[1].momentum == 0.1

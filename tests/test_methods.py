@@ -178,6 +178,6 @@ def test_ablations_differ_from_the_run_that_they_ablate() -> None:
     whole = METHODS["autowidth"](Task(settings=longer, macs=0.5))[0].result
     assert whole.inserted > 0
     assert METHODS["autowidth-no-insertion"](Task(settings=longer, macs=0.5))[0].result.inserted == 0
-    for name in ("autowidth-random", "autowidth-l1", "autowidth-own", "autowidth-no-compensation"):
+    for name in ("autowidth-random", "autowidth-l1", "autowidth-next", "autowidth-no-compensation"):
         other = METHODS[name](Task(settings=longer, macs=0.5))[0].result
         assert (other.widths, other.loss) != (whole.widths, whole.loss), name

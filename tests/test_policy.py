@@ -621,3 +621,48 @@ def test_what_earns_more_than_it_costs_grows_and_what_earns_less_shrinks(policy:
 def test_impossible_prices_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Price(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------- leaving together
+
+
+def test_an_interaction_is_what_a_trial_costs_beyond_the_worths() -> None:
+    books = Books(name="g", width_start=6, worth=(3.0, 1.0, -1.0, 2.0, 9.0, 9.0), grace=(False,) * 5 + (True,))
+    assert books.judged == (2, 1, 3, 0, 4)
+    assert books.interaction == 0.0
+    together = replace(books, together=(3, 12.0))  # -1 counts for nothing, 1 and 2 for three
+    assert together.interaction == pytest.approx((12.0 - 3.0) / 3**2)
+    assert replace(books, together=(3, 2.0)).interaction == 0.0, "filters that gain by company gain nothing here"
+
+
+def decided(policy: Budget, together: Mapping[str, tuple[int, float] | None]) -> Decision:
+    """One decision on two groups of 16 filters of one cost and one worth."""
+    cost = chain_cost([16, 16], [1, 0.001, 1])
+    cost.base[0, 1] = cost.base[2, 0] = 5
+    books = tuple(
+        Books(name=n, width_start=16, worth=(1e-3,) * 16, grace=(False,) * 16, together=t) for n, t in together.items()
+    )
+    return policy.decide(Situation(step=1, total_steps=1, books=books, macs=cost))
+
+
+def test_a_group_whose_filters_stand_in_for_each_other_keeps_more_of_them() -> None:
+    policy = Budget(macs=0.5, count=1, diminishing=0.0, offer=0.0)
+    plan = decided(policy, {"g0": (8, 8e-3 + 0.64), "g1": (8, 8e-3 + 0.16)}).plan
+    lost = {name: len(index_map.removed) for name, index_map in plan.items()}
+    assert sum(lost.values()) == pytest.approx(16, abs=1)
+    # marginal costs 1e-3 + c (2 k + 1) are alike where c0 k0 = c1 k1, and c0 = 4 c1
+    assert lost["g1"] / lost["g0"] == pytest.approx(4, rel=0.3)
+
+
+def test_what_is_announced_holds_the_interactions() -> None:
+    policy = Budget(macs=0.5, count=1, diminishing=0.0, offer=0.0)
+    decision = decided(policy, {"g0": (8, 8e-3 + 0.64), "g1": None})
+    lost = {name: len(index_map.removed) for name, index_map in decision.plan.items()}
+    interaction = 0.64 / 8**2 * lost.get("g0", 0) ** 2
+    assert decision.announced == pytest.approx(sum(lost.values()) * 1e-3 + interaction)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0])
+def test_a_share_that_leaves_together_is_a_share(wrong: float) -> None:
+    with pytest.raises(ValueError, match="joint"):
+        Budget(joint=wrong)

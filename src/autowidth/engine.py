@@ -40,7 +40,7 @@ from autowidth.channels import ChannelMap, ParamAxis, ResizePlan
 from autowidth.cost import Cost, macs_cost, params_cost
 from autowidth.history import Event, Fidelity, History
 from autowidth.policy import Books, Decision, Policy, Situation, shrunk
-from autowidth.probe import Loss, effective_weights, probe
+from autowidth.probe import Loss, effective_weights, moments, probe
 from autowidth.profit import Peers, combined, folded, parts, peers
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
@@ -105,19 +105,18 @@ class Effort:
 
     @classmethod
     def fitting(cls, training_samples: int, reviews: int, *, share: float = 0.05) -> Effort:
-        """The effort at which reviews take about `share` of the computation of the run, at most the default effort.
+        """The effort at which reviews take about `share` of the computation of the run.
 
         `training_samples` is steps x batch size of the whole run. Counted in forward passes of one sample: training
-        takes 3; a probe sample 6 (norms settled twice, forward, backward, moments), an audit sample one per audited
-        filter and two more.
+        takes 3; a probe sample 6 (norms settled, two passes, their sums), an audit sample one per audited filter and
+        two more.
         """
         full = cls()
         each = share * 3 * training_samples / max(reviews, 1)
-        probe = min(full.probe_samples, max(64, round(0.6 * each / 6)))
-        filters = full.audit_filters if each > 2000 else 8
+        filters = 6  # samples are worth more than audits (docs/decisions/007)
         return cls(
-            probe_samples=probe,
-            audit_samples=min(full.audit_samples, max(64, round(0.4 * each / (filters + 2)))),
+            probe_samples=min(2 * full.probe_samples, max(64, round(0.7 * each / 6))),
+            audit_samples=min(full.audit_samples, max(64, round(0.3 * each / (filters + 2)))),
             audit_filters=filters,
         )
 
@@ -279,11 +278,11 @@ class AutoWidth:
         """What every filter is worth by our criterion, which learns from an audit."""
         if self.criterion is not None:
             return self._judge_by(self.criterion, view, clock)
-        sums = probe(self.model, self.channel_map, view.scoring, self._loss_fn)
-        known = peers(sums, self.channel_map, effective_weights(self.model))
-        features = parts(sums, self.channel_map, known)
+        nobody: Mapping[ParamAxis, Peers] | None = None if self.compensate else {}
+        sums = probe(self.model, self.channel_map, view.scoring, self._loss_fn, known=nobody)
+        known = peers(sums, self.channel_map, effective_weights(self.model)) if self.compensate else {}
+        features = parts(sums, self.channel_map)
         clock.lap("probe")
-        known = known if self.compensate else {}
         fidelity, baseline = self._audit(features, view.held_out, partial(self._fold, known))
         worths = self._worths(features)
         clock.lap("audit")
@@ -294,7 +293,7 @@ class AutoWidth:
         """What every filter is worth by a criterion that is not ours; infinite where it says nothing. No audit."""
         known: Mapping[ParamAxis, Peers] = {}
         if self.compensate:
-            sums = probe(self.model, self.channel_map, view.scoring, self._loss_fn)
+            sums = moments(self.model, self.channel_map, view.scoring)
             known = peers(sums, self.channel_map, effective_weights(self.model))
         said = criterion(self.model, self.channel_map, view.scoring, self._loss_fn, generator=self._generator)
         worths = {name: np.nan_to_num(w.detach().cpu().double().numpy(), nan=np.inf) for name, w in said.items()}
@@ -372,7 +371,7 @@ class AutoWidth:
         return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
 
     def _decide(self, found: _Judgement, view: _View) -> Decision:
-        """The policy's decision, once it knows what its trial does to the loss."""
+        """The policy's decision, once it knows what its trials do to the loss."""
         start = self.history.widths_start
         books = tuple(
             Books(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
@@ -381,13 +380,29 @@ class AutoWidth:
         situation = Situation(
             step=self.steps,
             total_steps=self.total_steps,
-            books=books,
+            books=self._with_slices(books, found, view) if self.policy.joint and view.held_out else books,
             macs=macs_cost(self.channel_map),
             params=self._params_cost(),
         )
         trial = self.policy.trial(situation)
         rise = self._rise_by(trial, found, view) if trial else None
         return self.policy.decide(replace(situation, rise=rise))
+
+    def _with_slices(self, books: tuple[Books, ...], found: _Judgement, view: _View) -> tuple[Books, ...]:
+        """The books with what the weakest filters of every group cost together, measured on the audit samples."""
+        with batch_norms(self.model, among=view.trained):
+            before = audits.mean_loss(self.model, view.held_out, self._loss_fn)
+            told = []
+            for book in books:
+                count = round(self.policy.joint * len(book.judged))
+                if count < 1 or not np.isfinite([book.worth[c] for c in book.judged]).all():
+                    told.append(book)
+                    continue
+                tensors = self._fold(found.known, {book.name: book.judged[:count]})
+                with audits.standing_in(self.model, tensors):
+                    rise = audits.mean_loss(self.model, view.held_out, self._loss_fn) - before
+                told.append(replace(book, together=(count, rise)))
+        return tuple(told)
 
     def _in_grace(self, group: str) -> tuple[bool, ...]:
         """For each channel of a group whether it is too young to be judged."""
@@ -495,6 +510,26 @@ def settled_norms(
             for name, content in buffers.items():
                 if not settled or name == "num_batches_tracked":
                     norm.get_buffer(name).copy_(content)
+
+
+@contextmanager
+def batch_norms(model: nn.Module, *, among: Collection[nn.Module]) -> Iterator[None]:
+    """While it lasts, norms take the statistics of the batch at hand; their own stay as they are.
+
+    `among` are the modules that are being trained. It is what `settled_norms` does at half the price, for batches that
+    are large enough to speak for all.
+    """
+    norms = [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
+    saved = [(m.momentum, m.training, {n: b.clone() for n, b in m.named_buffers()}) for m in norms]
+    try:
+        for norm in norms:
+            norm.momentum, norm.training = 0.0, True
+        yield
+    finally:
+        for norm, (momentum, training, buffers) in zip(norms, saved, strict=True):
+            norm.momentum, norm.training = momentum, training
+            for name, content in buffers.items():
+                norm.get_buffer(name).copy_(content)
 
 
 class _Clock:

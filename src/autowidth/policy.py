@@ -34,13 +34,32 @@ class CostOfWidths(Protocol):
 class Books:
     """What a policy sees of one channel group at a review.
 
-    worth (width,): nats per sample; grace (width,): True for newborns that must not be judged yet.
+    worth (width,): nats per sample; grace (width,): True for newborns that must not be judged yet. together: (k, rise),
+    what the loss rose by, nats per sample, when the k weakest that may be judged left together; None if not tried.
     """
 
     name: str
     width_start: int
     worth: tuple[float, ...]
     grace: tuple[bool, ...]
+    together: tuple[int, float] | None = None
+
+    @property
+    def judged(self) -> tuple[int, ...]:
+        """The channels that may be judged, the one of least worth first."""
+        return tuple(sorted((c for c, grace in enumerate(self.grace) if not grace), key=self.worth.__getitem__))
+
+    @property
+    def interaction(self) -> float:
+        """What two of the weakest filters cost together beyond what each costs alone, half of it, nats per sample.
+
+        With pairwise interactions c the k weakest cost the sum of their worths and c k^2; c is what the trial says.
+        """
+        if self.together is None:
+            return 0.0
+        count, rise = self.together
+        alone = sum(max(self.worth[c], 0.0) for c in self.judged[:count])
+        return max(rise - alone, 0.0) / count**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +99,10 @@ class Policy(Protocol):
 
     @property
     def grace(self) -> int: ...
+    @property
+    def joint(self) -> float:
+        """The share of every group's filters that a review takes away together to see what that costs; 0: none."""
+
     def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
         """Raises BudgetError if the policy cannot be met from these widths."""
 
@@ -101,6 +124,7 @@ class Never:
     """Never reviews, never resizes: the run is plain training."""
 
     grace: int = 0
+    joint: float = 0.0
 
     def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
         """Accepts everything."""
@@ -135,6 +159,9 @@ class Editing:
         worth x (uniform share / width that would be left) ** g, where the uniform share is the width that the group
         would have in a uniformly narrowed network of the same cost. Early worth overrates layers that learn first;
         the narrower a group already is, the dearer its next filter (docs/decisions/002).
+    joint: share of every group's filters that a review takes away together, on trial, to see how much more that
+        costs than one by one (0: not tried). Filters of a residual stream stand in for each other, so that the first
+        ones seem to cost nothing, and many of them very much (docs/decisions/008).
     min_width: no group gets narrower.
     multiple: widths that change become multiples of this; groups that are narrower than it stay.
     protect: patterns of names (as in `stem.*`) of groups that keep their widths. One that matches nothing is an error.
@@ -150,6 +177,7 @@ class Editing:
     newborn: float = 1.0
     grace: int = 2
     diminishing: float = 2.0
+    joint: float = 0.5
     min_width: int = 2
     multiple: int = 1
     protect: tuple[str, ...] = ()
@@ -169,6 +197,8 @@ class Editing:
                 f"tolerance={self.tolerance:g}, diminishing={self.diminishing:g}, newborn={self.newborn:g}: "
                 "none may be negative"
             )
+        if not 0 <= self.joint < 1:
+            raise ValueError(f"joint={self.joint:g}: need a share from 0 to below 1")
         if self.multiple < 1 or not 0 < self.max_move <= 1:
             raise ValueError(
                 f"multiple={self.multiple}, max_move={self.max_move:g}: need multiple >= 1 and 0 < max_move <= 1"
@@ -436,6 +466,7 @@ class _Market:
     editing: Editing
     books: list[Books]
     ranked: list[list[int]]
+    interaction: Array
     share: Array
     widths: Array
     gone: list[list[tuple[int, ...]]]
@@ -459,6 +490,7 @@ class _Market:
                 sorted((c for c, grace in enumerate(b.grace) if not grace), key=b.worth.__getitem__) for b in books
             ],
             share=np.array([b.width_start * factor for b in books]),
+            interaction=np.array([b.interaction for b in books]),
             widths=np.array([len(b.worth) for b in books], dtype=np.float64),
             gone=[[] for _ in books],
             born=[0 for _ in books],
@@ -496,8 +528,8 @@ class _Market:
             if not np.isfinite(density[g]):
                 break
             price = float(density[g])
-            announced += self._worth(g, blocks[g])
             self.gone[g].append(blocks[g])
+            announced += self._last_worth(g)
             del self.ranked[g][: len(blocks[g])]
             self.widths[g] -= len(blocks[g])
         return price, announced
@@ -512,23 +544,34 @@ class _Market:
         return tuple(self.ranked[g][:count])
 
     def _mean_worth(self, g: int, block: tuple[int, ...]) -> float:
-        """The mean worth of the filters of a block; infinite for an empty one."""
-        return float(np.mean([self.books[g].worth[c] for c in block])) if block else np.inf
+        """The mean worth of the filters of a block that leaves next; infinite for an empty one."""
+        if not block:
+            return np.inf
+        alone = float(np.mean([self.books[g].worth[c] for c in block]))
+        return alone + self._beyond(g, len(block), after=sum(map(len, self.gone[g]))) / len(block)
 
-    def _worth(self, g: int, block: tuple[int, ...]) -> float:
+    def _beyond(self, g: int, count: int, *, after: int) -> float:
+        """What `count` filters of group g cost beyond their worths when `after` others have already left."""
+        return float(self.interaction[g]) * ((after + count) ** 2 - after**2)
+
+    def _worth(self, g: int, block: tuple[int, ...], *, after: int) -> float:
         """What taking these filters away is announced to cost: what single ones promise to gain counts for nothing."""
-        return sum(max(self.books[g].worth[c], 0.0) for c in block)
+        return sum(max(self.books[g].worth[c], 0.0) for c in block) + self._beyond(g, len(block), after=after)
+
+    def _last_worth(self, g: int) -> float:
+        """What the block of group g that left last is announced to cost."""
+        return self._worth(g, self.gone[g][-1], after=sum(map(len, self.gone[g][:-1])))
 
     def take_back_up_to(self, target: float) -> float:
         """Takes back removed filters that still fit, the strongest first: fine adjustment. Returns their worths."""
         regained, open_to = 0.0, {g for g, blocks in enumerate(self.gone) if blocks}
         while open_to:
-            g = max(sorted(open_to), key=lambda g: self._mean_worth(g, self.gone[g][-1]))
-            block = self.gone[g][-1]
+            g = max(sorted(open_to), key=self._last_worth)
+            block, worth = self.gone[g][-1], self._last_worth(g)
             self.widths[g] += len(block)
             if self.cost.at(self.widths) <= target:
                 self.gone[g].pop()
-                regained += self._worth(g, block)
+                regained += worth
             else:
                 self.widths[g] -= len(block)
             if not self.gone[g] or self.gone[g][-1] == block:
@@ -565,13 +608,11 @@ class _Market:
         return plan
 
 
-def _judged(books: Books) -> list[int]:
-    """The channels that may be judged, the one of least worth first."""
-    return sorted((c for c, grace in enumerate(books.grace) if not grace), key=books.worth.__getitem__)
-
-
 def _typical(books: Books) -> float:
-    """What a further filter of this group may be worth: the mean worth of the weaker half of those that are judged."""
-    judged: Sequence[float] = sorted(w for w, grace in zip(books.worth, books.grace, strict=True) if not grace)
-    weaker = judged[: max(len(judged) // 2, 1)]
-    return max(float(np.mean(weaker)), 0.0) if weaker else 0.0
+    """What a further filter of this group may be worth: the mean of the weaker half of those that are judged.
+
+    Where a trial has said what the weaker ones cost together, that takes the place of the sum of their worths.
+    """
+    weaker = [books.worth[c] for c in books.judged[: max(len(books.judged) // 2, 1)]]
+    alone = max(float(np.mean(weaker)), 0.0) if weaker else 0.0
+    return alone + books.interaction * len(weaker)
