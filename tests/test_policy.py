@@ -347,7 +347,7 @@ def test_with_equal_worth_the_narrower_group_loses_less() -> None:
     cost.base[0, 1] = cost.base[2, 0] = 5
     worth = {"g0": [1e-3] * 8, "g1": [1e-3] * 16}
     start = {"g0": 16, "g1": 16}
-    with_prior = last_decision(Budget(macs=0.5, count=1), cost, worth, start)
+    with_prior = last_decision(Budget(macs=0.5, count=1, diminishing=2.0), cost, worth, start)
     lost = {name: with_prior.before[name] - with_prior.widths[name] for name in worth}
     assert lost["g0"] < lost["g1"]
     assert abs(with_prior.widths["g0"] - with_prior.widths["g1"]) <= 1

@@ -104,19 +104,19 @@ class Effort:
             raise ValueError(f"{self}: need probe_samples >= 1, audit_samples >= 0 and audit_filters >= 0")
 
     @classmethod
-    def fitting(cls, training_samples: int, reviews: int, *, share: float = 0.05) -> Effort:
+    def fitting(cls, training_samples: int, reviews: int, *, groups: int, share: float = 0.05) -> Effort:
         """The effort at which reviews take about `share` of the computation of the run.
 
         `training_samples` is steps x batch size of the whole run. Counted in forward passes of one sample: training
-        takes 3; a probe sample 6 (norms settled, two passes, their sums), an audit sample one per audited filter and
-        two more.
+        takes 3; a probe sample 6 (norms settled, two passes, their sums), an audit sample one for each audited filter
+        and each of the `groups` whose weakest filters leave together, and two more.
         """
         full = cls()
         each = share * 3 * training_samples / max(reviews, 1)
-        filters = 6  # samples are worth more than audits (docs/decisions/007)
+        filters = 4  # samples are worth more than audits (docs/decisions/007)
         return cls(
-            probe_samples=min(2 * full.probe_samples, max(64, round(0.7 * each / 6))),
-            audit_samples=min(full.audit_samples, max(64, round(0.3 * each / (filters + 2)))),
+            probe_samples=min(2 * full.probe_samples, max(64, round(0.3 * each / 6))),
+            audit_samples=min(2 * full.audit_samples, max(64, round(0.7 * each / (filters + groups + 2)))),
             audit_filters=filters,
         )
 

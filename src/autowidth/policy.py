@@ -151,14 +151,14 @@ class Editing:
     """When reviews take place and what they may do: the options that Budget, Price and Auto share.
 
     count: number of reviews, evenly spaced between the shares `begin` and `end` of the run.
-    offer: share of the cost that is offered to newborns at a review (0: no insertion). Newborns are not judged for
-        `grace` reviews, and none are offered in the last `grace` reviews, so that all are judged.
-    newborn: price of newborns: what a filter not yet born is expected to be worth, as a share of the mean worth of
-        the weaker half of its group.
-    diminishing: exponent g of the prior of diminishing returns. A filter's worth is taken as
+    offer: share of the present cost that is offered to newborns at a review (0: no insertion). Newborns are not
+        judged for `grace` reviews, and none are offered in the last `grace` reviews, so that all are judged.
+    newborn: price of newborns: what a filter not yet born is expected to be worth, as a share of the mean worth of the
+        weaker half of its group.
+    diminishing: exponent g of a prior of diminishing returns. A filter's worth is taken as
         worth x (uniform share / width that would be left) ** g, where the uniform share is the width that the group
-        would have in a uniformly narrowed network of the same cost. Early worth overrates layers that learn first;
-        the narrower a group already is, the dearer its next filter (docs/decisions/002).
+        would have in a uniformly narrowed network of the same cost (docs/decisions/002). 0, no prior, does best where
+        `joint` measures returns instead of guessing them (docs/decisions/008).
     joint: share of every group's filters that a review takes away together, on trial, to see how much more that
         costs than one by one (0: not tried). Filters of a residual stream stand in for each other, so that the first
         ones seem to cost nothing, and many of them very much (docs/decisions/008).
@@ -170,13 +170,13 @@ class Editing:
         carried out by half; what is left is made up for at later reviews. The last review always meets a budget.
     """
 
-    count: int = 10
-    begin: float = 0.1
-    end: float = 0.6
+    count: int = 8
+    begin: float = 0.06
+    end: float = 0.5
     offer: float = 0.05
     newborn: float = 1.0
     grace: int = 2
-    diminishing: float = 2.0
+    diminishing: float = 0.0
     joint: float = 0.5
     min_width: int = 2
     multiple: int = 1
@@ -320,7 +320,7 @@ class Budget(Editing):
         target = full * share**way
         if number < reviews:
             target = max(target, (1 - self.max_move) * cost.at(market.widths))
-        return market.deal(target, self.offer * full if offering else 0.0)
+        return market.deal(target, self.offer * min(full, cost.at(market.widths)) if offering else 0.0)
 
     def bearable(self, decision: Decision, *, last: bool) -> float:
         """Twice what was announced and the tolerance; anything at the last review."""
@@ -340,7 +340,7 @@ class Price(Editing):
 
     nats_per_model: float = 0.2
     slice: float = 0.2
-    pace: float = 0.4
+    pace: float = 0.5
 
     def __post_init__(self) -> None:
         Editing.__post_init__(self)
@@ -405,7 +405,7 @@ class Auto(Price):
     samples: training samples; must be given (`autowidth train` does).
     """
 
-    nats_per_parameter: float = 0.03
+    nats_per_parameter: float = 0.012
     samples: int | None = None
 
     def __post_init__(self) -> None:

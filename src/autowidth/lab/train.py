@@ -401,10 +401,13 @@ class _Run:
         self.engine = AutoWidth(
             network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
             probe=probe_batches(images, settings.seed, min(PROBED, self.at_once)), loss_fn=self.loss_fn, policy=policy,
-            total_steps=self.total_steps, effort=settings.effort or self._fitting_effort(policy), seed=settings.seed,
+            total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
             followers=[] if self.average is None else [self.average],
             criterion=method.criterion, compensate=method.compensate,
         )  # fmt: skip
+        if settings.effort is None:
+            seen, reviews = self.total_steps * settings.batch_size, len(policy.reviews(self.total_steps))
+            self.engine.effort = Effort.fitting(seen, reviews, groups=len(self.engine.channel_map.groups))
         self.accuracy: float | None = None
         self.loss: float | None = None
         self.seconds = 0.0
@@ -431,11 +434,6 @@ class _Run:
                 _finite(self.loss, f"loss on the {self.part} images", self.engine.steps, self.settings.lr)
             self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - worked
             report(self._progress("epoch", epoch, mean))
-
-    def _fitting_effort(self, policy: Policy) -> Effort:
-        """The effort at which reviews take a twentieth of this run."""
-        seen = self.total_steps * self.settings.batch_size
-        return Effort.fitting(seen, len(policy.reviews(self.total_steps)))
 
     def _looks_after(self, epoch: int) -> bool:
         """Whether the network is evaluated after this epoch; always after the last one."""
