@@ -592,7 +592,7 @@ def test_auto_settles_at_the_same_macs_from_narrow_and_from_wide_starts(seed: in
     settled = []
     for factor in (0.5, 1.0, 2.0):
         start = {name: round(width * factor) for name, width in channel_map.widths.items()}
-        policy = Auto(nats_per_parameter=0.4, samples=round(full))
+        policy = Auto(nats_per_parameter=0.4, samples=round(full), count=24)
         reviews = simulate(policy, cost, start, lognormal(seed), loss=lambda w: -0.2 * math.log(cost.at(w)))
         settled.append(reviews[-1].cost / full)
     # a slice s earns -0.2 ln(1 - s) and costs 0.4 s M / M0

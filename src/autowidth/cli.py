@@ -130,10 +130,8 @@ def _option(setting: str, *names: str) -> Any:
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
-digits, ResNet-20, widths found, about a minute:
+digits, ResNet-20, half of its MACs, about a minute:
   autowidth train
-half of its MACs:
-  autowidth train --macs 0.5
 the same run without reviews, for comparison:
   autowidth train --no-edit --out runs/plain
 start narrow, and let filters be inserted:
@@ -157,14 +155,14 @@ def train(
     data: Annotated[str | None, _option("data", "--data")] = None,
     macs: Annotated[
         float | None,
-        typer.Option(help="end at this cost: a share of the starting MACs (0.5), or above 100 MACs per image"),
+        typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image; default 0.5"),
     ] = None,
     params: Annotated[float | None, typer.Option(help="end at this cost, in parameters instead of MACs")] = None,
     price: Annotated[
         float | None, typer.Option(help="end where a MAC earns what it costs: nats for all starting MACs")
     ] = None,
     auto: Annotated[
-        bool, typer.Option("--auto", help="find widths that keep the accuracy at the least MACs (the default)")
+        bool, typer.Option("--auto", help="find a target as well; experimental, it does not settle well yet")
     ] = False,
     epochs: Annotated[int | None, _option("epochs", "--epochs")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "--batch-size")] = None,
@@ -193,7 +191,9 @@ def train(
     with door(debug=debug):
         if auto and (macs is not None or params is not None or price is not None):
             raise UsageError("--auto finds the target itself: leave out --macs, --params and --price, or --auto")
-        given = {k: v for k, v in options.items() if v is not None} | ({"budget": None, "price": None} if auto else {})
+        given = {k: v for k, v in options.items() if v is not None} | (
+            {"budget": None, "price": None, "auto": {}} if auto else {}
+        )
         settings = training.settings_from(given, config=config)
         if settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})

@@ -335,12 +335,13 @@ class Price(Editing):
         same share of it.
     slice: share of the present MACs by which each review's trial narrows the network. What the loss rises then is what
         the slice earns: the network is narrowed where that is less than what the slice costs, widened where it is more.
-    pace: how fast: the change of ln(MACs) at a review is pace x ln(earned / cost), at most `max_move` downwards.
+    pace: how fast: the change of ln(MACs) at a review is pace x ln(earned / cost), within `max_move` both ways.
     """
 
+    max_move: float = 0.25
     nats_per_model: float = 0.2
     slice: float = 0.2
-    pace: float = 0.5
+    pace: float = 0.25
 
     def __post_init__(self) -> None:
         Editing.__post_init__(self)
@@ -380,7 +381,8 @@ class Price(Editing):
         if rise is None or saved <= 0:
             return 0.0
         ratio = min(max(rise / saved, 1 / LIMIT), LIMIT)
-        return max(self.pace * math.log(ratio), math.log(max(1 - self.max_move, 1e-9)))
+        most = -math.log(max(1 - self.max_move, 1e-9))
+        return min(max(self.pace * math.log(ratio), -most), most)
 
     def _market(self, situation: Situation) -> _Market:
         widths = {books.name: len(books.worth) for books in situation.books}
@@ -427,6 +429,9 @@ class Auto(Price):
         assert situation.params is not None and self.samples is not None, "checked at the door"
         return self.nats_per_parameter * situation.params.at(widths) / self.samples
 
+
+NEWBORN_RETURNS = 2.0
+"""How fast the gain of newborns falls with the width of their group, as a power of it: the prior of decision 002."""
 
 ABSOLUTE = 100.0
 """Above this a target is an absolute number, up to it a share of the start."""
@@ -583,9 +588,11 @@ class _Market:
 
         A group grows to its next multiple at a time.
         """
-        open_to, multiple = self.open.copy(), self.editing.multiple
+        open_to, multiple, before = self.open.copy(), self.editing.multiple, self.widths.copy()
         while open_to.any():
-            density = np.where(open_to, self._density(self.typical, self.widths + 1), -np.inf)
+            # Each further newborn finds less to do: without this all of them would go to one group.
+            gain = self.typical * (before / (self.widths + 1)) ** NEWBORN_RETURNS
+            density = np.where(open_to, self._density(gain, self.widths + 1), -np.inf)
             g = int(np.argmax(density))
             if density[g] < price:
                 return

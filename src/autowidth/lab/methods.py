@@ -19,7 +19,7 @@ from autowidth.lab.baselines import CRITERIA, TRAINING
 from autowidth.lab.models import initialise
 from autowidth.lab.peers import torch_pruned
 from autowidth.lab.train import Method, Result, Settings, build_network, load_images, train
-from autowidth.policy import Budget, BudgetError, CostOfWidths, Decision, Never, Policy, Situation, uniform_share
+from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Decision, Never, Policy, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
 from autowidth.surgery import apply_
@@ -181,7 +181,8 @@ def ours(
 
 def automatic(task: Task) -> list[Finish]:
     """Our run without a target."""
-    return [Finish(method="autowidth", policy="auto", result=train(task.settings))]
+    method = Method(policy=task.settings.auto or Auto())
+    return [Finish(method="autowidth", policy="auto", result=train(task.settings, method=method))]
 
 
 def part_alone(

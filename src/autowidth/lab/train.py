@@ -83,8 +83,8 @@ class Settings(BaseModel):
     data: str = Field("digits", description="digits, cifar10:PATH, cifar100:PATH, folder:PATH or hf:NAME")
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     edit: bool = Field(True, description="review and resize; without it the run is plain training")
-    auto: Auto = Field(Auto(), description="the policy where there is no other: finds the widths and the target")
-    budget: Budget | None = Field(None, description="the policy that ends at a given cost")
+    budget: Budget | None = Field(None, description="the policy that ends at a given cost; without any: half the MACs")
+    auto: Auto | None = Field(None, description="the policy that needs no target; does not settle well yet")
     price: Price | None = Field(None, description="the policy that ends where a MAC earns what it costs")
     effort: Effort | None = Field(
         None, description="how much a review looks at; not given: what takes a twentieth of the run"
@@ -137,14 +137,15 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_policy(self) -> Settings:
-        if self.budget is not None and self.price is not None:
-            raise ValueError("a budget and a price are both given: keep one of them")
+        given = [name for name in ("budget", "price", "auto") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: keep one of them")
         return self
 
     @property
     def policy(self) -> Policy:
         """What decides on the widths by these settings."""
-        return (self.budget or self.price or self.auto) if self.edit else Never()
+        return (self.budget or self.price or self.auto or Budget()) if self.edit else Never()
 
 
 def settings_from(given: Mapping[str, object], *, config: Path | None = None) -> Settings:
