@@ -191,9 +191,9 @@ def train(
     with door(debug=debug):
         if auto and (macs is not None or params is not None or price is not None):
             raise UsageError("--auto finds the target itself: leave out --macs, --params and --price, or --auto")
-        given = {k: v for k, v in options.items() if v is not None} | (
-            {"budget": None, "price": None, "auto": {}} if auto else {}
-        )
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if auto:
+            given |= {"budget": None, "price": None, "auto": {}}
         settings = training.settings_from(given, config=config)
         if settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
