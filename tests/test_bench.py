@@ -432,6 +432,22 @@ def test_the_folder_can_be_asked_for_the_same_only(
         bench(tiny(limit=300, truth=60, filters=12, epochs=2, seeds=(1,)), out)
 
 
+def test_a_setting_that_came_later_is_no_other_setting(
+    results: tuple[Path, list[dict[str, Any]], list[Standing]], tmp_path: Path
+) -> None:
+    out, records, _ = results
+    (tmp_path / "fidelity").mkdir()
+    file = "fidelity/resnet8-seed0.json"
+    unit = json.loads((out / file).read_text())
+    del unit["settings"]["training"]["warmup"]
+    (tmp_path / file).write_text(json.dumps(unit))
+    assert bench(tiny(limit=300, truth=60, filters=12), tmp_path) == records
+    unit["settings"]["training"]["warmup"] = 0.5
+    (tmp_path / file).write_text(json.dumps(unit))
+    with pytest.raises(BenchError, match=r"warmup=0\.5, here it is warmup=0\.2"):
+        bench(tiny(limit=300, truth=60, filters=12), tmp_path)
+
+
 def test_places_on_this_machine_are_not_told() -> None:
     suite = fidelity(data="cifar10:/some/where", seeds=(0, 2))
     assert [u.name for u in suite.units] == [

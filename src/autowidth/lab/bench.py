@@ -202,12 +202,17 @@ def _check(suite: Suite, place: Path) -> None:
         found = _read(file)
         for wanted in asked.values():
             for name, value in wanted.items():
-                got = found["settings"].get(name, value)  # of another method, which has no such setting
+                got = _completed(found["settings"].get(name, value), value)
                 if name not in suite.apart and got != value:
                     raise BenchError(
                         f"{file} was made with {name} {_brief(got, value)}, here it is {_brief(value, got)}: "
                         "name another folder, or ask for the same"
                     )
+
+
+def _completed(got: Any, wanted: Any) -> Any:
+    """A setting as it was written, with what did not exist then (or not for that method) as it is asked for now."""
+    return {**wanted, **got} if isinstance(got, dict) and isinstance(wanted, dict) else got
 
 
 def _brief(value: Any, other: Any) -> str:
