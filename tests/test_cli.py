@@ -190,7 +190,13 @@ def test_train_in_a_terminal_draws_and_leaves_the_result(folder: Path) -> None:
 
 def test_an_interrupted_run_writes_nothing(folder: Path) -> None:
     arguments = [*PROGRAM, "train", "--config", "../run.toml", "--epochs", "1000"]
-    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do
+    try:  # their children
+        child = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert child.stdout is not None
     while not child.stdout.readline().startswith("epoch"):
         assert child.poll() is None
