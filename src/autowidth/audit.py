@@ -15,6 +15,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+import autowidth.profit as profits
 from autowidth.channels import ChannelMap
 
 Batches = Sequence[tuple[Any, Any]]
@@ -59,12 +60,17 @@ def ablate(
     """
     if before is None:
         before = mean_loss(model, batches, loss_fn)
-    fold = folded or partial(_zeroed, model, channel_map)
+    fold = folded or partial(profits.folded, channel_map=channel_map, known={}, weights=named_tensors(model))
     found = []
     for name, channel in picks:
         with standing_in(model, fold({name: [channel]})):
             found.append(Ablation(name, channel, mean_loss(model, batches, loss_fn) - before))
     return found
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 Fold = Callable[[Mapping[str, Sequence[int]]], Mapping[str, Tensor]]
@@ -77,7 +83,7 @@ def standing_in(model: nn.Module, tensors: Mapping[str, Tensor], *, stay: bool =
 
     Afterwards they are as they were; with `stay` only if what it encloses raises.
     """
-    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    targets = named_tensors(model)
     saved = {name: targets[name].data.clone() for name in tensors}
     done = False
     try:
@@ -88,18 +94,6 @@ def standing_in(model: nn.Module, tensors: Mapping[str, Tensor], *, stay: bool =
     finally:
         for name, content in saved.items() if not (stay and done) else ():
             targets[name].data.copy_(content)
-
-
-def _zeroed(model: nn.Module, channel_map: ChannelMap, removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The readers' weights with the slices of the removed channels zero."""
-    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    zeroed: dict[str, Tensor] = {}
-    for name, channels in removed.items():
-        for place in channel_map.group(name).with_role("read"):
-            weight = zeroed.get(place.axis.name, targets[place.axis.name].detach().clone())
-            index = torch.tensor([p for c in channels for p in place.index[c]], device=weight.device)
-            zeroed[place.axis.name] = weight.index_fill_(place.axis.dim, index, 0.0)
-    return zeroed
 
 
 def sample(worths: Mapping[str, Array], count: int, rng: np.random.Generator) -> list[tuple[str, int]]:

@@ -9,7 +9,8 @@ The life of a review:
         parts     = profit.parts(sums)       # next-layer and own-layer profit of every filter, nats per sample
         ablations = a few filters, taken away for real on the held-out part, their peers standing in for them
         worths    = parts, combined as the audits so far have taught
-        decision  = policy.decide(worths, costs)
+        slices    = the weaker half of every group taken away together, on the held-out part, where the policy asks
+        decision  = policy.decide(worths, slices, costs)
         measure on the held-out part what the whole plan costs, and shrink it where it costs too much
         fold what the peers take over into the readers' weights
         surgery on model, optimizers and followers
@@ -128,7 +129,7 @@ class AutoWidth:
         that the policy may look at, best without augmentation. Never pass test data.
     loss_fn: called as loss_fn(model(inputs), target), a mean over samples. Worth is in its unit (nats for
         cross-entropy).
-    policy: when to review and what to do (Budget, Never).
+    policy: when to review and what to do (Budget, Price, Auto, Never).
     total_steps: optimizer steps of the whole run; the policy's schedule is a share of it.
     followers: EMA copies of the model that are resized with it.
     criterion: what takes the place of our worth; it is used as it is, without audit. A filter about which it says
@@ -305,7 +306,7 @@ class AutoWidth:
 
     def _fold(self, known: Mapping[ParamAxis, Peers], removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """The readers' tensors once the removed channels are gone and the known peers stand in for them."""
-        return folded(removed, self.channel_map, known, _tensors(self.model))
+        return folded(removed, self.channel_map, known, audits.named_tensors(self.model))
 
     def _change_by(self, plan: ResizePlan, found: _Judgement, view: _View) -> float | None:
         """What the removals of a plan do to the loss on the audit samples, nats per sample, tried without surgery."""
@@ -418,7 +419,7 @@ class AutoWidth:
         removed = _removed(plan)
         with ExitStack() as stack:
             for module in (self.model, *(f.module if isinstance(f, AveragedModel) else f for f in self.followers)):
-                tensors = folded(removed, self.channel_map, known, _tensors(module))
+                tensors = folded(removed, self.channel_map, known, audits.named_tensors(module))
                 stack.enter_context(audits.standing_in(module, tensors, stay=True))
             self.channel_map = apply_(
                 self.model,
@@ -571,8 +572,3 @@ def _take(stream: Iterator[tuple[Any, Any]], samples: int) -> list[tuple[Any, An
 
 def _span(worth: np.ndarray) -> tuple[float, float, float]:
     return float(worth.min()), float(np.median(worth)), float(worth.max())
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -82,9 +82,9 @@ class Situation:
 class Decision:
     """What to do: index maps of the groups that change, the cost aimed at, the price that it implies.
 
-    price: nats per MAC at the margin, of the dearest filter removed; announced: the sum of the removed filters' worths,
-    nats per sample. A negative worth counts for nothing there: what single filters promise does not add up, since the
-    most promising are picked (docs/decisions/004).
+    price: nats per MAC at the margin, of the dearest filter removed; announced: the sum of the removed filters' worths
+    and of what they cost beyond that together, nats per sample. A negative worth counts for nothing there: what single
+    filters promise does not add up, since the most promising are picked (docs/decisions/004).
     """
 
     plan: Mapping[str, IndexMap]

@@ -16,10 +16,11 @@ from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import macs_cost
 from autowidth.engine import Criterion
 from autowidth.lab.baselines import CRITERIA, TRAINING
+from autowidth.lab.baselines.training import TrainingRule
 from autowidth.lab.models import initialise
 from autowidth.lab.peers import torch_pruned
 from autowidth.lab.train import Method, Result, Settings, build_network, load_images, train
-from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Decision, Never, Policy, Situation, uniform_share
+from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Decision, Never, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
 from autowidth.surgery import apply_
@@ -143,11 +144,15 @@ def _to_width(width: int, wanted: int) -> IndexMap:
     return removing.inserting(max(wanted - width, 0))
 
 
+def _starting_map(settings: Settings) -> ChannelMap:
+    """The channel map of the network that the settings name."""
+    images = load_images(settings)
+    return trace(build_network(settings, images), torch.zeros(2, *images.image_shape))
+
+
 def dense_macs(settings: Settings) -> float:
     """The MACs of the network with the factor one on its widths."""
-    images = load_images(settings)
-    network = build_network(settings.model_copy(update={"width": 1.0}), images)
-    channel_map = trace(network, torch.zeros(2, *images.image_shape))
+    channel_map = _starting_map(settings.model_copy(update={"width": 1.0}))
     return macs_cost(channel_map).at(channel_map.widths)
 
 
@@ -155,8 +160,7 @@ def _of_start(task: Task) -> float:
     """The target as a share of the starting network's MACs, which policies count from."""
     if task.settings.width == 1:
         return task.macs
-    images = load_images(task.settings)
-    channel_map = trace(build_network(task.settings, images), torch.zeros(2, *images.image_shape))
+    channel_map = _starting_map(task.settings)
     return task.macs * dense_macs(task.settings) / macs_cost(channel_map).at(channel_map.widths)
 
 
@@ -221,27 +225,25 @@ def uniform(task: Task) -> list[Finish]:
 # ---- published methods and peers -------------------------------------------------------------------------------------
 
 
-def one_shot(task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"]) -> list[Finish]:
-    """Trains for half of the epochs, prunes by the criterion, fine-tunes for the other half."""
-    policy = OneShot(macs=_of_start(task), scope=scope)
-    settings = task.settings.model_copy(update={"cycles": 2})
-    found = train(settings, method=Method(policy=policy, criterion=criterion, compensate=False))
-    return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=found)]
-
-
-def scheduled(
-    task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"], at: float
+def one_shot(
+    task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"], ruled: bool = False
 ) -> list[Finish]:
-    """Trains under the method's rule, prunes by the criterion at the share `at` of the run, fine-tunes what is left."""
+    """Trains for half of the epochs, prunes by the criterion, fine-tunes for the other half.
+
+    With `ruled` the first half is trained under the method's own rule.
+    """
     target = _of_start(task)
-    images = load_images(task.settings)
-    channel_map = trace(build_network(task.settings, images), torch.zeros(2, *images.image_shape))
+    rule = _rule(name, task.settings, target) if ruled else None
+    method = Method(policy=OneShot(macs=target, scope=scope), criterion=criterion, compensate=False, rule=rule)
+    found = train(task.settings.model_copy(update={"cycles": 2}), method=method)
+    return [Finish(method=name, policy=f"{'scheduled' if ruled else 'one-shot'} {task.macs:g}", result=found)]
+
+
+def _rule(name: str, settings: Settings, target: float) -> TrainingRule:
+    """The rule of a published method, told the share of every layer's filters that the target leaves."""
+    channel_map = _starting_map(settings)
     cost = macs_cost(channel_map)
-    rule = TRAINING[name](widths_left=uniform_share(cost, channel_map.widths, target * cost.at(channel_map.widths)))
-    policy: Policy = OneShot(macs=target, scope=scope, at=at)
-    settings = task.settings.model_copy(update={"cycles": 2 if at < 1 else 1})
-    found = train(settings, method=Method(policy=policy, criterion=criterion, compensate=False, rule=rule))
-    return [Finish(method=name, policy=f"scheduled {task.macs:g}", result=found)]
+    return TRAINING[name](widths_left=uniform_share(cost, channel_map.widths, target * cost.at(channel_map.widths)))
 
 
 def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "network"], longer: int = 1) -> list[Finish]:
@@ -278,13 +280,13 @@ _LAYER_BY_LAYER = (
 )  # fmt: skip
 """Published criteria whose papers give every layer a share of its own; the others rank the whole network."""
 
-_SCHEDULES: Mapping[str, tuple[str, Literal["layer", "network"], float]] = {
-    "slimming": ("bn-scale", "network", 0.5),
-    "sparse-structure": ("sparse-structure", "network", 0.5),
-    "soft": ("l2", "layer", 0.5),
-    "asymptotic": ("l2", "layer", 0.5),
+_SCHEDULES: Mapping[str, tuple[str, Literal["layer", "network"]]] = {
+    "slimming": ("bn-scale", "network"),
+    "sparse-structure": ("sparse-structure", "network"),
+    "soft": ("l2", "layer"),
+    "asymptotic": ("l2", "layer"),
 }
-"""Published schedules: the criterion that removes at the end, its scope, and the share of the run when it does.
+"""Published schedules: the criterion that removes when their rule has done its work, and its scope.
 
 Soft pruning as published removes at the very end. With so many filters and so few epochs that ends near chance (17 %,
 asymptotic 22 %, on the suite mini at 25 % of the MACs, one seed): here it is fine-tuned like all others.
@@ -319,9 +321,8 @@ METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
         if name not in _SCHEDULES
     },
     **{
-        name: partial(scheduled, name=name, criterion=_criterion(criterion), scope=scope, at=at)
-        for name, (criterion, scope, at) in _SCHEDULES.items()
-        if name in TRAINING
+        name: partial(one_shot, name=name, criterion=_criterion(criterion), scope=scope, ruled=True)
+        for name, (criterion, scope) in _SCHEDULES.items()
     },
 }
 """The methods by name: each takes a task and returns what it ended with, and its control where it has one."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from autowidth.channels import ChannelMap
+from autowidth.engine import Criterion
 from autowidth.lab.baselines import (
     asymptotic,
     bn_scale,
@@ -31,52 +28,33 @@ from autowidth.lab.baselines import (
     taylor,
 )
 from autowidth.lab.baselines.training import TrainingRule
-from autowidth.probe import Loss
-
-
-class Worth(Protocol):
-    """A criterion: group name -> (width,) float tensor, larger = keep.
-
-    The caller sets evaluation mode and settles the norms. `batches` are pairs of inputs and target, `loss_fn` is a
-    mean over samples, as for the probe. Neither the model nor its gradients are changed.
-    """
-
-    def __call__(
-        self,
-        model: nn.Module,
-        channel_map: ChannelMap,
-        batches: Sequence[tuple[Any, Any]],
-        loss_fn: Loss,
-        *,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Criterion:
-    """A criterion and its unit: "nats" where it predicts a change of the loss, None where it only ranks."""
+class Published:
+    """A published criterion and its unit: "nats" where it predicts a change of the loss, None where it only ranks."""
 
-    worth: Worth
+    worth: Criterion
     unit: Literal["nats"] | None = None
 
 
-CRITERIA: Mapping[str, Criterion] = {
-    "l1": Criterion(worth=magnitude_l1.worth),
-    "l2": Criterion(worth=magnitude_l2.worth),
-    "bn-scale": Criterion(worth=bn_scale.worth),
-    "fpgm": Criterion(worth=fpgm.worth),
-    "taylor": Criterion(worth=taylor.worth),
-    "taylor-gate": Criterion(worth=taylor.worth_of_gates, unit="nats"),
-    "obd": Criterion(worth=obd.worth, unit="nats"),
-    "obd-kron": Criterion(worth=obd_kron.worth, unit="nats"),
-    "entropy": Criterion(worth=entropy.worth),
-    "hrank": Criterion(worth=hrank.worth),
-    "linear-dependency": Criterion(worth=linear_dependency.worth),
-    "nisp": Criterion(worth=nisp.worth),
-    "channel-lasso": Criterion(worth=channel_lasso.worth),
-    "sparse-structure": Criterion(worth=sparse_structure.worth),
-    "hrel": Criterion(worth=hrel.worth),
-    "random": Criterion(worth=random_worth.worth),
+CRITERIA: Mapping[str, Published] = {
+    "l1": Published(worth=magnitude_l1.worth),
+    "l2": Published(worth=magnitude_l2.worth),
+    "bn-scale": Published(worth=bn_scale.worth),
+    "fpgm": Published(worth=fpgm.worth),
+    "taylor": Published(worth=taylor.worth),
+    "taylor-gate": Published(worth=taylor.worth_of_gates, unit="nats"),
+    "obd": Published(worth=obd.worth, unit="nats"),
+    "obd-kron": Published(worth=obd_kron.worth, unit="nats"),
+    "entropy": Published(worth=entropy.worth),
+    "hrank": Published(worth=hrank.worth),
+    "linear-dependency": Published(worth=linear_dependency.worth),
+    "nisp": Published(worth=nisp.worth),
+    "channel-lasso": Published(worth=channel_lasso.worth),
+    "sparse-structure": Published(worth=sparse_structure.worth),
+    "hrel": Published(worth=hrel.worth),
+    "random": Published(worth=random_worth.worth),
 }
 """The criteria by name."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from autowidth.audit import named_tensors
 from autowidth.channels import ChannelMap
 from autowidth.lab.baselines.axes import sum_over_writers
 from autowidth.probe import Loss
@@ -43,7 +44,7 @@ def worth(
             for name, g in sample_gradients(model, weights, inputs[part], target[part], loss_fn).items():
                 squares[name] += g.square().sum(0)
     saliencies = {name: w.square() * squares[name] / (2 * total) for name, w in weights.items()}
-    anything = {**dict(model.named_buffers()), **dict(model.named_parameters()), **saliencies}
+    anything = {**named_tensors(model), **saliencies}
     return sum_over_writers(channel_map, anything, lambda filters: filters.sum(1))
 
 
@@ -51,7 +52,7 @@ def sample_gradients(
     model: nn.Module, weights: dict[str, Tensor], inputs: Tensor, target: Tensor, loss_fn: Loss
 ) -> dict[str, Tensor]:
     """The gradient of each sample's loss, (N, ...) for every weight in `weights`, by name."""
-    rest = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    rest = named_tensors(model)
     fixed = {name: tensor.detach() for name, tensor in rest.items() if name not in weights}
 
     def loss(live: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

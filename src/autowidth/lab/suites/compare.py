@@ -23,7 +23,7 @@ class Recipe:
     """What all methods of a comparison have in common.
 
     data: the kind of data that must be given, with its default; limit: training images, None for all; train: further
-    settings of the run; minutes: how long one run may take, for the help.
+    settings of the run.
     """
 
     data: str | None

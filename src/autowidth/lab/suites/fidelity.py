@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from autowidth.audit import Fold, ablate
+from autowidth.audit import Fold, ablate, named_tensors
 from autowidth.channels import ChannelMap
 from autowidth.engine import AutoWidth, Effort, quiet, settled_norms
 from autowidth.lab.baselines import CRITERIA
@@ -285,18 +285,17 @@ def _ours(
     channel_map: ChannelMap,
     scoring: Sequence[tuple[Tensor, Tensor]],
     coefficients: Sequence[float],
-) -> tuple[dict[str, dict[str, Tensor]], Fold]:
+) -> tuple[dict[str, Mapping[str, Tensor]], Fold]:
     """The worths by `OURS` and channel group, from one probe, and how peers stand in, from the same."""
     sums = probe(network, channel_map, scoring, F.cross_entropy)
     known = peers(sums, channel_map, effective_weights(network))
     features = parts(sums, channel_map)
     weighed = {"autowidth": tuple(coefficients), "autowidth-next": (1.0, 0.0), "autowidth-own": (0.0, 1.0)}
-    worths = {
+    worths: dict[str, Mapping[str, Tensor]] = {
         key: {name: combined(f.cpu(), torch.tensor(weights, dtype=torch.float32)) for name, f in features.items()}
         for key, weights in weighed.items()
     }
-    tensors = {**dict(network.named_buffers()), **dict(network.named_parameters())}
-    return worths, partial(folded, channel_map=channel_map, known=known, weights=tensors)
+    return worths, partial(folded, channel_map=channel_map, known=known, weights=named_tensors(network))
 
 
 def stratified(widths: Mapping[str, int], count: int, rng: np.random.Generator) -> list[tuple[str, int]]:
