@@ -5,10 +5,11 @@ from autowidth.checkpoint import load_, save
 from autowidth.cost import count_macs
 from autowidth.engine import AutoWidth, Effort, resize_
 from autowidth.history import Event, History
-from autowidth.policy import Budget, Never
+from autowidth.policy import Auto, Budget, Never, Price
 from autowidth.trace import trace
 
 __all__ = [
+    "Auto",
     "AutoWidth",
     "Budget",
     "ChannelGroup",
@@ -19,6 +20,7 @@ __all__ = [
     "IndexMap",
     "Never",
     "ParamAxis",
+    "Price",
     "count_macs",
     "load_",
     "resize_",
