@@ -581,6 +581,40 @@ def test_a_probe_too_short_for_an_audit_is_used_for_scoring() -> None:
     assert event.maps
 
 
+@pytest.mark.parametrize(("probed", "audited"), [(64, 64), (100, 40), (128, 1), (30, 100)])
+def test_a_review_looks_at_as_many_samples_as_its_effort_says(probed: int, audited: int) -> None:
+    model = Mixed()
+    engine = attached(model, sgd(model), Looks(), 4, effort=Effort(probe_samples=probed, audit_samples=audited))
+    scoring, held_out = engine._batches()
+    assert [sum(len(x) for x, _ in part) for part in (scoring, held_out)] == [probed, audited]
+    assert all(len(x) == len(y) for x, y in scoring + held_out)
+    scored, audited_on = ({bytes(x.numpy()) for batch, _ in part for x in batch} for part in (scoring, held_out))
+    assert scored and audited_on and not scored & audited_on
+
+
+def test_batches_that_cannot_be_cut_are_taken_whole() -> None:
+    """A target that is not one tensor, as detectors have it."""
+    model = Mixed()
+    whole = [(x, {"label": y}) for x, y in looked_at()]
+    engine = attached(
+        model, sgd(model), Looks(), 4, probe=whole, loss_fn=lambda out, y: F.cross_entropy(out, y["label"]),
+        effort=Effort(probe_samples=70, audit_samples=10, audit_filters=2),
+    )  # fmt: skip
+    assert [len(part) for part in engine._batches()] == [2, 1]
+    assert engine.review().fidelity is not None
+
+
+def test_the_policy_is_told_how_well_the_last_three_audits_were_foretold() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    policy = Looks()
+    _, events = train(attached(model, sgd(model), policy, 10), 10)
+    found = [event.fidelity.spearman for event in events if event.fidelity]
+    assert len(found) == len(policy.seen) == 5 and None not in found
+    for number, situation in enumerate(policy.seen):
+        assert situation.fidelity == pytest.approx(np.mean(found[max(number - 2, 0) : number + 1]))
+
+
 @pytest.mark.parametrize("setting", [{"probe_samples": 0}, {"audit_samples": -1}, {"audit_filters": -1}])
 def test_effort_out_of_range_is_refused(setting: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):

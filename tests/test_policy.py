@@ -109,10 +109,11 @@ def simulate(
     total: int = 1000,
     loss: Loss | None = None,
     rise: float | None = None,
+    fidelity: float | None = None,
 ) -> list[Review]:
     """A whole run on books alone. Keeps the age of every channel as the engine would.
 
-    What a trial shows comes from `loss`, or is always `rise`.
+    What a trial shows comes from `loss`, or is always `rise`; audits always show `fidelity`.
     """
     policy.check(cost, start, cost)
     born: dict[str, list[int | None]] = {name: [None] * width for name, width in start.items()}
@@ -127,7 +128,9 @@ def simulate(
             )
             for name, ages in born.items()
         )
-        situation = Situation(step=step, total_steps=total, books=books, macs=cost, params=cost, rise=rise)
+        situation = Situation(
+            step=step, total_steps=total, books=books, macs=cost, params=cost, rise=rise, fidelity=fidelity
+        )
         if loss is not None and (trial := policy.trial(situation)):
             before = {name: len(ages) for name, ages in born.items()}
             narrower = before | {name: index_map.width for name, index_map in trial.items()}
@@ -548,6 +551,39 @@ def test_no_review_but_the_last_moves_more_than_it_may(
         room = max(cost.of_channel(cost.vector(review.before)))
         assert review.cost >= (1 - most) * before - room
         before = review.cost
+
+
+@settings(max_examples=30)
+@given(chain=chains(least=8, most=40), macs=st.floats(0.2, 0.8), fidelity=st.floats(-1, 1))
+def test_where_worths_are_doubted_less_is_removed_and_the_last_review_makes_up_for_it(
+    chain: tuple[Cost, dict[str, int]], macs: float, fidelity: float
+) -> None:
+    cost, start = chain
+    assume(feasible(cost, start, macs))
+    policy = Budget(macs=macs, offer=0.0, count=4, max_move=1.0)
+    trusting = simulate(policy, cost, start, lognormal(0))
+    run = simulate(policy, cost, start, lognormal(0), fidelity=fidelity)
+    if fidelity >= policy.doubt:
+        assert run[-1].widths == trusting[-1].widths
+        assert not any(review.decision.notes for review in run)
+        return
+    first, told = run[0], trusting[0].decision.target_macs
+    assert first.decision.target_macs == pytest.approx(math.sqrt(told * cost.at(start)), abs=1)
+    assert all(f"Spearman of {fidelity:.2f}, below 0.2" in review.decision.notes[0] for review in run[:-1])
+    assert not run[-1].decision.notes and run[-1].cost <= macs * cost.at(start)
+
+
+def test_a_price_that_is_doubted_moves_half_as_far() -> None:
+    cost, start = chain_cost([32] * 3, [9] * 4), {f"g{g}": 32 for g in range(3)}
+    policy = Price(count=4, offer=0.0)
+
+    def target(fidelity: float | None) -> float:
+        (first, *_) = simulate(policy, cost, start, lognormal(1), rise=1e-4, fidelity=fidelity)
+        assert first.decision.target_macs is not None
+        return first.decision.target_macs / cost.at(start)
+
+    assert target(None) == target(0.9) < 1
+    assert target(0.0) == pytest.approx(math.sqrt(target(0.9)), rel=1e-4)
 
 
 @settings(max_examples=30)

@@ -105,21 +105,26 @@ class Effort:
             raise ValueError(f"{self}: need probe_samples >= 1, audit_samples >= 0 and audit_filters >= 0")
 
     @classmethod
-    def fitting(cls, training_samples: int, reviews: int, *, groups: int, share: float = 0.05) -> Effort:
+    def fitting(cls, training_samples: int, reviews: int, *, groups: int, share: float = 0.04) -> Effort:
         """The effort at which reviews take about `share` of the computation of the run.
 
         `training_samples` is steps x batch size of the whole run. Counted in forward passes of one sample: training
         takes 3; a probe sample 6 (norms settled, two passes, their sums), an audit sample one for each audited filter
-        and each of the `groups` whose weakest filters leave together, and two more.
+        and each of the `groups` whose weakest filters leave together, and five more (the plan tried, the losses before,
+        what folding costs). Surgery comes on top; it takes as long as a few steps.
         """
         full = cls()
         each = share * 3 * training_samples / max(reviews, 1)
         filters = 4  # samples are worth more than audits (docs/decisions/007)
         return cls(
             probe_samples=min(2 * full.probe_samples, max(64, round(0.3 * each / 6))),
-            audit_samples=min(2 * full.audit_samples, max(64, round(0.7 * each / (filters + groups + 2)))),
+            audit_samples=min(2 * full.audit_samples, max(64, round(0.7 * each / (filters + groups + 5)))),
             audit_filters=filters,
         )
+
+
+AUDITS = 3
+"""Audits that count for how far a criterion is trusted: a single one, of a few filters, is mostly noise."""
 
 
 class AutoWidth:
@@ -236,7 +241,9 @@ class AutoWidth:
             view = _View(*self._batches(), trained)
             with settled_norms(self.model, view.scoring, among=trained):
                 found = self._judge(view, clock)
-            decision = self._decide(found, view)
+            situation = self._situation(found, view)
+            clock.lap("audit")
+            decision = self.policy.decide(situation)
             clock.lap("decide")
             decision, measured = self._affordable(decision, found, view)
             clock.lap("audit")
@@ -371,8 +378,8 @@ class AutoWidth:
         coefficients = torch.tensor(self.calibration.coefficients, dtype=torch.float32)
         return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
 
-    def _decide(self, found: _Judgement, view: _View) -> Decision:
-        """The policy's decision, once it knows what its trials do to the loss."""
+    def _situation(self, found: _Judgement, view: _View) -> Situation:
+        """What the policy decides on, once its trials have said what they do to the loss."""
         start = self.history.widths_start
         books = tuple(
             Books(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
@@ -384,10 +391,16 @@ class AutoWidth:
             books=self._with_slices(books, found, view) if self.policy.joint and view.held_out else books,
             macs=macs_cost(self.channel_map),
             params=self._params_cost(),
+            fidelity=self._fidelity(found.fidelity),
         )
         trial = self.policy.trial(situation)
-        rise = self._rise_by(trial, found, view) if trial else None
-        return self.policy.decide(replace(situation, rise=rise))
+        return replace(situation, rise=self._rise_by(trial, found, view) if trial else None)
+
+    def _fidelity(self, latest: Fidelity | None) -> float | None:
+        """How well the criterion ranked the filters of the last audits, mean of Spearman's rank correlations."""
+        audited = [*[event.fidelity for event in self.history][1 - AUDITS :], latest]
+        known = [found.spearman for found in audited if found and found.spearman is not None]
+        return sum(known) / len(known) if known else None
 
     def _with_slices(self, books: tuple[Books, ...], found: _Judgement, view: _View) -> tuple[Books, ...]:
         """The books with what the weakest filters of every group cost together, measured on the audit samples."""
@@ -561,12 +574,15 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _take(stream: Iterator[tuple[Any, Any]], samples: int) -> list[tuple[Any, Any]]:
-    """The next batches, until they hold this many samples or the data ends."""
+    """The next batches, until they hold this many samples or the data ends; the last one cut where it can be."""
     taken: list[tuple[Any, Any]] = []
-    count = 0
-    while count < samples and (batch := next(stream, None)) is not None:
-        taken.append(batch)
-        count += len(batch[0])
+    missing = samples
+    while missing > 0 and (batch := next(stream, None)) is not None:
+        inputs, target = batch
+        if isinstance(inputs, Tensor) and isinstance(target, Tensor) and len(inputs) == len(target):
+            inputs, target = inputs[:missing], target[:missing]
+        taken.append((inputs, target))
+        missing -= len(inputs)
     return taken
 
 

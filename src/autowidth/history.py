@@ -17,6 +17,10 @@ SCHEMA = 1
 """Version of the file format. A reader refuses a file of a newer version."""
 
 
+PARTS = ("probe", "audit", "decide", "surgery")
+"""What the time of a review is spent on."""
+
+
 class HistoryError(ValueError):
     """A history file that is missing its header, damaged, or written in a newer format."""
 
@@ -73,7 +77,7 @@ class Event:
     coefficients: tuple[float, ...] = ()
     """Of the combined criterion."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each part of the review: probe, audit, decide, surgery."""
+    """Wall time of each of `PARTS`."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

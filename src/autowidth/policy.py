@@ -67,7 +67,8 @@ class Situation:
     """Everything that a policy decides on: when, what is there, what it costs, what a trial has shown.
 
     rise: what the removals of the policy's trial did to the loss, nats per sample; None where it asks for no trial or
-    there are no samples to measure it on.
+    there are no samples to measure it on. fidelity: how well the worths ranked the filters of the last audits,
+    Spearman's rank correlation; None where nothing was audited.
     """
 
     step: int
@@ -76,6 +77,7 @@ class Situation:
     macs: CostOfWidths
     params: CostOfWidths | None = None
     rise: float | None = None
+    fidelity: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,9 @@ class Editing:
     multiple: widths that change become multiples of this; groups that are narrower than it stay.
     protect: patterns of names (as in `stem.*`) of groups that keep their widths. One that matches nothing is an error.
     max_move: the largest share of the present cost that one review may remove; the last review of a budget may more.
+    doubt: where the worths ranked the filters of the last audits worse than this (Spearman), a review moves the cost
+        only half as far and says so; what is left is made up for at later reviews. The last review always meets a
+        budget. -1: never.
     tolerance: a plan that turns out to cost this many nats (the unit of the loss) more than twice what was announced is
         carried out by half; what is left is made up for at later reviews. The last review always meets a budget.
     """
@@ -182,6 +187,7 @@ class Editing:
     multiple: int = 1
     protect: tuple[str, ...] = ()
     max_move: float = 0.5
+    doubt: float = 0.2
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
@@ -199,6 +205,8 @@ class Editing:
             )
         if not 0 <= self.joint < 1:
             raise ValueError(f"joint={self.joint:g}: need a share from 0 to below 1")
+        if not -1 <= self.doubt <= 1:
+            raise ValueError(f"doubt={self.doubt:g}: need a rank correlation, from -1 to 1")
         if self.multiple < 1 or not 0 < self.max_move <= 1:
             raise ValueError(
                 f"multiple={self.multiple}, max_move={self.max_move:g}: need multiple >= 1 and 0 < max_move <= 1"
@@ -229,6 +237,15 @@ class Editing:
         steps = self.reviews(situation.total_steps)
         number = sum(step <= situation.step for step in steps)
         return number, len(steps), self.offer > 0 and number <= len(steps) - max(self.grace, 1)
+
+    def doubts(self, situation: Situation) -> tuple[str, ...]:
+        """Why a review moves only half as far; empty where the worths are trusted."""
+        if situation.fidelity is None or situation.fidelity >= self.doubt:
+            return ()
+        return (
+            f"the last audits ranked filters with a Spearman of {situation.fidelity:.2f}, below {self.doubt:g}: "
+            "half the way was gone",
+        )
 
     def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
         """No trial."""
@@ -318,9 +335,13 @@ class Budget(Editing):
         way = number / reviews if share <= 1 else min(number / max(last_offer, 1), 1.0)
         market = _Market.opened(situation, self, cost, share * full)
         target = full * share**way
+        notes: tuple[str, ...] = ()
         if number < reviews:
-            target = max(target, (1 - self.max_move) * cost.at(market.widths))
-        return market.deal(target, self.offer * min(full, cost.at(market.widths)) if offering else 0.0)
+            now, notes = cost.at(market.widths), self.doubts(situation)
+            target = max(target, (1 - self.max_move) * now)
+            target = math.sqrt(target * now) if notes else target
+        decision = market.deal(target, self.offer * min(full, cost.at(market.widths)) if offering else 0.0)
+        return replace(decision, notes=notes)
 
     def bearable(self, decision: Decision, *, last: bool) -> float:
         """Twice what was announced and the tolerance; anything at the last review."""
@@ -371,10 +392,12 @@ class Price(Editing):
         move = self._move(situation.rise, saved)
         if not offering:
             move = min(move, 0.0)  # who grows must still be judged
+        doubts = self.doubts(situation)
+        move = move / 2 if doubts else move
         decision = market.deal(now * math.exp(move), self.offer * now if offering else 0.0)
         earned = "unknown" if situation.rise is None else f"{situation.rise:.3g}"
         note = f"the last {self.slice:.0%} of the MACs earn {earned} nats and cost {saved:.3g}"
-        return replace(decision, notes=(*decision.notes, note))
+        return replace(decision, notes=(*doubts, note))
 
     def _move(self, rise: float | None, saved: float) -> float:
         """The change of ln(MACs)."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autowidth.history import PARTS
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
@@ -54,7 +55,7 @@ RECIPES: Mapping[str, Recipe] = {
         methods=EVERY,
         epochs=16,
         limit=20_000,
-        train={"batch_size": 128, "pool": 2, "channels_last": True},
+        train={"batch_size": 128, "pool": 2, "channels_last": True, "lr": 0.6},
     ),
     "cifar10": Recipe(
         data=None,
@@ -158,11 +159,13 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
 
 def _record(finish: Finish, whole: float) -> Record:
     result = finish.result
+    spent = {part: sum(event.seconds.get(part, 0.0) for event in result.history) for part in PARTS}
     return {
         "method": finish.method, "policy": finish.policy, "data": result.data, "part": result.part,
         "epochs": result.epochs, "accuracy": result.accuracy, "loss": result.loss, "macs": result.macs,
         "macs_dense": round(whole), "params": result.params, "seconds": round(result.seconds, 2),
         "cpu_seconds": round(result.cpu_seconds, 2), "review_seconds": round(result.review_seconds, 2),
+        **{f"{part}_seconds": round(seconds, 2) for part, seconds in spent.items()},
         "removed": result.removed, "inserted": result.inserted, "inserted_alive": result.inserted_alive,
         "device": result.device, "widths": list(result.widths.values()),
     }  # fmt: skip
@@ -175,7 +178,7 @@ def _reviews(finish: Finish) -> list[dict[str, Any]]:
             "step": event.step, "loss": event.loss, "measured": event.measured, "announced": event.announced,
             "price": event.price, "macs": event.macs, "widths": list(event.widths.values()),
             "spearman": event.fidelity.spearman if event.fidelity else None, "coefficients": list(event.coefficients),
-            "notes": list(event.notes),
+            "notes": list(event.notes), "seconds": event.seconds,
         }
         for event in finish.result.history
     ]  # fmt: skip
@@ -201,7 +204,9 @@ def table(records: Sequence[Record]) -> str:
             "|---|---|---|---|---|---|---|---|---|"
         )
         rows = [_group(mine, row) for row in dict.fromkeys((r["method"], r["policy"], r["start"]) for r in mine)]
-        text += [_row(row) for row in sorted(rows, key=lambda rows: -statistics.mean(r["accuracy"] for r in rows))]
+        rows.sort(key=lambda rows: -statistics.mean(r["accuracy"] for r in rows))
+        text += [_row(row) for row in rows]
+        text += _review_table([row for row in rows if row[0]["method"].startswith("autowidth")])
         text.append("")
     return "\n".join(text)
 
@@ -224,6 +229,23 @@ def _row(records: Sequence[Record]) -> str:
         ", ".join(str(r["seed"]) for r in sorted(records, key=lambda r: r["seed"])),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _review_table(rows: Sequence[Sequence[Record]]) -> list[str]:
+    """What the reviews of our rows spend their time on, in percent of the wall time of the run."""
+    if not rows:
+        return []
+    lines = [
+        "\nWhat our reviews take, in percent of the wall time of the run:\n",
+        "| method | policy | start | " + " | ".join(PARTS) + " | together |",
+        "|---" * (len(PARTS) + 4) + "|",
+    ]
+    for row in rows:
+        named = [row[0]["method"], row[0]["policy"], f"{row[0]['start']:g}x"]
+        spent = [*(f"{part}_seconds" for part in PARTS), "review_seconds"]
+        shares = [f"{statistics.mean(100 * r[key] / r['seconds'] for r in row):.1f}" for key in spent]
+        lines.append("| " + " | ".join(named + shares) + " |")
+    return lines
 
 
 def _spread(values: Sequence[float]) -> str:
