@@ -35,11 +35,15 @@ ANSWERS = {"autowidth": 2}
 """How many results a method gives, if not one."""
 
 
+def task(settings: Settings = QUICK, macs: float = 0.5) -> Task:
+    return Task(settings=settings, macs=macs, images=load_images(settings))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_ends_at_the_target_and_gives_a_network_that_runs(name: str) -> None:
-    finishes = METHODS[name](Task(settings=QUICK, macs=0.5))
+    finishes = METHODS[name](task())
     assert len(finishes) == ANSWERS.get(name, 1)
-    whole = dense_macs(QUICK)
+    whole = dense_macs(task())
     for finish in finishes:
         result = finish.result
         assert count_macs(result.network, DIGIT) == result.macs
@@ -55,16 +59,16 @@ def test_every_method_ends_at_the_target_and_gives_a_network_that_runs(name: str
 
 def test_the_target_counts_from_the_network_of_factor_one() -> None:
     narrow = QUICK.model_copy(update={"width": 0.5})
-    found = METHODS["l1"](Task(settings=narrow, macs=0.2))[0].result
-    assert found.macs <= 0.2 * dense_macs(QUICK) < found.macs_start
+    found = METHODS["l1"](task(narrow, 0.2))[0].result
+    assert found.macs <= 0.2 * dense_macs(task()) < found.macs_start
 
 
 def test_the_retrained_control_has_the_widths_that_were_found_and_nothing_else_of_them() -> None:
-    found, again = METHODS["autowidth"](Task(settings=QUICK, macs=0.5))
+    found, again = METHODS["autowidth"](task())
     assert again.method == "retrained"
     assert again.result.widths == found.result.widths
     assert again.result.removed == again.result.inserted == 0
-    plain = train(QUICK, method=Method(policy=Never()), network=fresh_network(QUICK, lambda _: found.result.widths))
+    plain = train(QUICK, method=Method(policy=Never()), network=fresh_network(task(), lambda _: found.result.widths))
     for mine, theirs in zip(plain.network.parameters(), again.result.network.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -78,7 +82,7 @@ def test_a_fresh_network_is_one_that_was_built_with_these_widths(factor: float) 
 
     torch.manual_seed(QUICK.seed)
     built = build("resnet8", in_channels=1, width=factor)
-    network = fresh_network(QUICK, scaled)
+    network = fresh_network(task(), scaled)
     shapes = {n: p.shape for n, p in network.named_parameters()}
     if factor != 1.7:  # the builder rounds otherwise there
         assert shapes == {n: p.shape for n, p in built.named_parameters()}
@@ -175,9 +179,9 @@ def test_torch_pruning_meets_the_target_and_leaves_the_network_alone(importance:
 
 def test_ablations_differ_from_the_run_that_they_ablate() -> None:
     longer = QUICK.model_copy(update={"budget": replace(QUICK.budget, offer=0.2, grace=1, count=3), "epochs": 3})  # type: ignore[type-var]
-    whole = METHODS["autowidth"](Task(settings=longer, macs=0.5))[0].result
+    whole = METHODS["autowidth"](task(longer))[0].result
     assert whole.inserted > 0
-    assert METHODS["autowidth-no-insertion"](Task(settings=longer, macs=0.5))[0].result.inserted == 0
+    assert METHODS["autowidth-no-insertion"](task(longer))[0].result.inserted == 0
     for name in ("autowidth-random", "autowidth-l1", "autowidth-next", "autowidth-no-compensation"):
-        other = METHODS[name](Task(settings=longer, macs=0.5))[0].result
+        other = METHODS[name](task(longer))[0].result
         assert (other.widths, other.loss) != (whole.widths, whole.loss), name

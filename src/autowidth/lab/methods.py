@@ -17,9 +17,10 @@ from autowidth.cost import macs_cost
 from autowidth.engine import Criterion
 from autowidth.lab.baselines import CRITERIA, TRAINING
 from autowidth.lab.baselines.training import TrainingRule
+from autowidth.lab.data import ImageSet
 from autowidth.lab.models import initialise
 from autowidth.lab.peers import torch_pruned
-from autowidth.lab.train import Method, Result, Settings, build_network, load_images, train
+from autowidth.lab.train import Method, Result, Settings, build_network, train
 from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Decision, Never, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
@@ -38,11 +39,17 @@ class UnknownMethodError(ValueError):
 class Task:
     """What a method has to do: train by these settings and end at this share of the dense network's MACs.
 
-    `settings.width` is the factor on all widths at the start; `macs` counts from the network with the factor one.
+    `settings.width` is the factor on all widths at the start; `macs` counts from the network with the factor one;
+    `images` are those that the settings name.
     """
 
     settings: Settings
     macs: float
+    images: ImageSet
+
+    def trained(self, *, settings: Settings | None = None, **how: Any) -> Result:
+        """A run on the task's images, by other settings where they are given; `how` as `train` takes it."""
+        return train(settings or self.settings, images=self.images, **how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,12 +131,12 @@ def uniform_widths(macs: CostOfWidths, widths: Mapping[str, int], target: float,
     return scaled
 
 
-def fresh_network(settings: Settings, widths: Callable[[ChannelMap], Mapping[str, int]]) -> nn.Module:
-    """A network as the settings name it, with other widths and weights drawn anew from the settings' seed."""
-    images = load_images(settings)
+def fresh_network(task: Task, widths: Callable[[ChannelMap], Mapping[str, int]]) -> nn.Module:
+    """A network as the task's settings name it, with other widths and weights drawn anew from their seed."""
+    settings = task.settings
     torch.manual_seed(settings.seed)
-    network = build_network(settings, images)
-    channel_map = trace(network, torch.zeros(2, *images.image_shape))
+    network = build_network(settings, task.images)
+    channel_map = trace(network, torch.zeros(2, *task.images.image_shape))
     wanted = widths(channel_map)
     plan = {g.name: _to_width(g.width, wanted[g.name]) for g in channel_map.groups if g.width != wanted[g.name]}
     if plan:
@@ -144,15 +151,15 @@ def _to_width(width: int, wanted: int) -> IndexMap:
     return removing.inserting(max(wanted - width, 0))
 
 
-def _starting_map(settings: Settings) -> ChannelMap:
-    """The channel map of the network that the settings name."""
-    images = load_images(settings)
-    return trace(build_network(settings, images), torch.zeros(2, *images.image_shape))
+def _channel_map(task: Task, width: float) -> ChannelMap:
+    """The channel map of the task's network with this factor on its widths."""
+    network = build_network(task.settings.model_copy(update={"width": width}), task.images)
+    return trace(network, torch.zeros(2, *task.images.image_shape))
 
 
-def dense_macs(settings: Settings) -> float:
+def dense_macs(task: Task) -> float:
     """The MACs of the network with the factor one on its widths."""
-    channel_map = _starting_map(settings.model_copy(update={"width": 1.0}))
+    channel_map = _channel_map(task, 1.0)
     return macs_cost(channel_map).at(channel_map.widths)
 
 
@@ -160,8 +167,8 @@ def _of_start(task: Task) -> float:
     """The target as a share of the starting network's MACs, which policies count from."""
     if task.settings.width == 1:
         return task.macs
-    channel_map = _starting_map(task.settings)
-    return task.macs * dense_macs(task.settings) / macs_cost(channel_map).at(channel_map.widths)
+    channel_map = _channel_map(task, task.settings.width)
+    return task.macs * dense_macs(task) / macs_cost(channel_map).at(channel_map.widths)
 
 
 # ---- ours and its ablations ------------------------------------------------------------------------------------------
@@ -173,12 +180,10 @@ def ours(
     """Our run under a budget, with parts of it replaced; with `retrained` the same widths trained from scratch."""
     policy = replace(task.settings.budget or Budget(), macs=_of_start(task), **budget)
     said = f"budget {task.macs:g}"
-    found = train(task.settings, method=replace(method or Method(), policy=policy))
+    found = task.trained(method=replace(method or Method(), policy=policy))
     finishes = [Finish(method=name, policy=said, result=found)]
     if retrained:
-        again = train(
-            task.settings, method=Method(policy=Never()), network=fresh_network(task.settings, lambda _: found.widths)
-        )
+        again = task.trained(method=Method(policy=Never()), network=fresh_network(task, lambda _: found.widths))
         finishes.append(Finish(method="retrained", policy=said, result=again))
     return finishes
 
@@ -186,7 +191,7 @@ def ours(
 def automatic(task: Task) -> list[Finish]:
     """Our run without a target."""
     method = Method(policy=task.settings.auto or Auto())
-    return [Finish(method="autowidth", policy="auto", result=train(task.settings, method=method))]
+    return [Finish(method="autowidth", policy="auto", result=task.trained(method=method))]
 
 
 def part_alone(
@@ -208,17 +213,16 @@ def part_alone(
 
 def dense(task: Task) -> list[Finish]:
     """The starting network, trained plainly."""
-    return [Finish(method="dense", policy="none", result=train(task.settings, method=Method(policy=Never())))]
+    return [Finish(method="dense", policy="none", result=task.trained(method=Method(policy=Never())))]
 
 
 def uniform(task: Task) -> list[Finish]:
     """A uniformly narrowed network of the target's MACs, trained from scratch."""
 
     def narrowed(channel_map: ChannelMap) -> dict[str, int]:
-        return uniform_widths(macs_cost(channel_map), channel_map.widths, task.macs * dense_macs(task.settings))
+        return uniform_widths(macs_cost(channel_map), channel_map.widths, task.macs * dense_macs(task))
 
-    network = fresh_network(task.settings, narrowed)
-    found = train(task.settings, method=Method(policy=Never()), network=network)
+    found = task.trained(method=Method(policy=Never()), network=fresh_network(task, narrowed))
     return [Finish(method="uniform", policy=f"uniform {task.macs:g}", result=found)]
 
 
@@ -233,15 +237,15 @@ def one_shot(
     With `ruled` the first half is trained under the method's own rule.
     """
     target = _of_start(task)
-    rule = _rule(name, task.settings, target) if ruled else None
+    rule = _rule(name, task, target) if ruled else None
     method = Method(policy=OneShot(macs=target, scope=scope), criterion=criterion, compensate=False, rule=rule)
-    found = train(task.settings.model_copy(update={"cycles": 2}), method=method)
+    found = task.trained(settings=task.settings.model_copy(update={"cycles": 2}), method=method)
     return [Finish(method=name, policy=f"{'scheduled' if ruled else 'one-shot'} {task.macs:g}", result=found)]
 
 
-def _rule(name: str, settings: Settings, target: float) -> TrainingRule:
+def _rule(name: str, task: Task, target: float) -> TrainingRule:
     """The rule of a published method, told the share of every layer's filters that the target leaves."""
-    channel_map = _starting_map(settings)
+    channel_map = _channel_map(task, task.settings.width)
     cost = macs_cost(channel_map)
     return TRAINING[name](widths_left=uniform_share(cost, channel_map.widths, target * cost.at(channel_map.widths)))
 
@@ -250,16 +254,16 @@ def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "netwo
     """Torch-Pruning as itself: half of the epochs (times `longer`), its pruner, the other half."""
     half = task.settings.model_copy(update={"epochs": task.settings.epochs * longer // 2})
     plainly = Method(policy=Never())
-    first = train(half, method=plainly)
+    first = task.trained(settings=half, method=plainly)
     began = time.perf_counter()
     network = torch_pruned(
-        first.network, load_images(half), importance=importance, scope=scope, macs=_of_start(task), seed=half.seed
+        first.network, task.images, importance=importance, scope=scope, macs=_of_start(task), seed=half.seed
     )
     pruning = time.perf_counter() - began
     rest = half.model_copy(
         update={"epochs": task.settings.epochs * longer - half.epochs, "seed": half.seed + SECOND_PHASE}
     )
-    second = train(rest, method=plainly, network=network)
+    second = task.trained(settings=rest, method=plainly, network=network)
     whole = replace(
         second,
         seed=half.seed,

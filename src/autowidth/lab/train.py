@@ -341,12 +341,18 @@ class Method:
 
 
 def train(
-    settings: Settings, *, report: Report = _silent, method: Method | None = None, network: nn.Module | None = None
+    settings: Settings,
+    *,
+    report: Report = _silent,
+    method: Method | None = None,
+    network: nn.Module | None = None,
+    images: ImageSet | None = None,
 ) -> Result:
     """Trains a network by these settings and returns what came out; with `out` set, writes it there.
 
     `method` says otherwise where it says something; `network` is what training starts from, None for a fresh one as
-    the settings name it. Seeds the global generators of Python, numpy and torch.
+    the settings name it; `images` are those that the settings name, for callers who hold them already. Seeds the
+    global generators of Python, numpy and torch.
 
     Raises, before training: FolderError, DeviceError, ModelError, UnknownModelError, DataError, UnknownDataError,
     TraceError, BudgetError, NothingToResizeError. Raises FloatingPointError where a loss is not finite, and OSError
@@ -355,7 +361,7 @@ def train(
     if settings.out is not None:
         check_folder(settings.out)
     device = find_device(settings.device)
-    images = load_images(settings).to(device)
+    images = (images or load_images(settings)).to(device)
     _seed_everything(settings.seed)
     with _threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)), _fitted_convolutions():
         network = (network or build_network(settings, images)).to(device)

@@ -13,7 +13,7 @@ from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, namele
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
 from autowidth.lab.plots import accuracy_plot
-from autowidth.lab.train import Settings, settings_from
+from autowidth.lab.train import Settings, load_images, settings_from
 
 CHOICES = 5000
 """Further training images on which choices are made, where test images must not be looked at."""
@@ -150,8 +150,9 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
     """Runs one method on one model from one seed: the work of one unit. A record for the run, and for its control."""
     named = {key: settings[key] for key in ("data", "model", "seed", "auto", "budget", "effort") if key in settings}
     training = Settings.model_validate({**settings["training"], **named, "width": settings["start"]})
-    finishes = METHODS[settings["method"]](Task(settings=training, macs=settings["macs"]))
-    whole = dense_macs(training)
+    task = Task(settings=training, macs=settings["macs"], images=load_images(training))
+    finishes = METHODS[settings["method"]](task)
+    whole = dense_macs(task)
     about = {"model": training.model, "seed": training.seed, "start": training.width, "budget": settings["macs"]}
     records = [_record(finish, whole) | about for finish in finishes]
     return Outcome(records=records, raw=[{"method": finish.method, "reviews": _reviews(finish)} for finish in finishes])
