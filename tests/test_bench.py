@@ -34,6 +34,7 @@ from autowidth.lab import suites
 from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench
 from autowidth.lab.data import ImageSet
+from autowidth.lab.plots import fidelity_plot
 from autowidth.lab.suites import UnknownSuiteError, find_suite
 from autowidth.lab.suites.fidelity import (
     BLOCKS,
@@ -189,6 +190,22 @@ def test_the_table_shows_means_over_seeds_best_first() -> None:
     assert lines[9] == "| contrary | 1.00 / 1.00 | 0.00 |"
     assert len(lines) == 14
     assert "Seeds 0, 1" in fidelity_table(records)
+
+
+def test_the_picture_has_a_panel_for_every_model_and_truth_and_names_every_criterion(tmp_path: Path) -> None:
+    records = [
+        {"data": "digits", "model": model, "truth": truth, "criterion": criterion, "moment": moment, "spearman": 0.5,
+         "seed": 0}
+        for model in ("resnet8", "vgg8") for truth in ("removed", "compensated") for criterion in ("autowidth", "l1")
+        for moment in (0.1, 1.0)
+    ]  # fmt: skip
+    records[0]["spearman"] = None  # a figure that is not defined leaves a gap
+    fidelity_plot(records, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert text.count('<g id="axes_') == 4
+    assert text.count("<!-- autowidth -->") == text.count("<!-- l1 -->") == 4
+    fidelity_plot([], tmp_path / "nothing.svg")
+    assert not (tmp_path / "nothing.svg").exists()
 
 
 def test_an_empty_table_is_a_table() -> None:
@@ -347,10 +364,11 @@ def test_the_criterion_is_the_one_of_the_engine(trained: tuple[ImageSet, AutoWid
         with settled_norms(engine.model, scoring, among=among):
             found, _ = fidelity_suite._ours(engine.model, engine.channel_map, scoring, engine.calibration.coefficients)
     decided: dict[str, np.ndarray] = {}
-    original = engine._decide
-    engine._decide = lambda found, view: (decided.update(found.worths), original(found, view))[1]  # type: ignore[method-assign]
+    original = engine._situation
+    engine._situation = lambda found, view: (decided.update(found.worths), original(found, view))[1]  # type: ignore[method-assign]
     engine._batches = lambda: (scoring, [])  # type: ignore[method-assign]
     engine.review()
+    assert decided
     for name, worths in decided.items():
         np.testing.assert_allclose(found["autowidth"][name].numpy(), worths, rtol=1e-4, atol=1e-7)
 
@@ -379,7 +397,9 @@ def test_a_real_unit_yields_a_record_for_every_moment_and_criterion(
     assert json.loads((out / "fidelity.json").read_text()) == records
     assert (out / "fidelity.md").read_text() == fidelity_table(records)
     assert [(t.unit, t.done, t.total) for t in told] == [("resnet8-seed0", 1, 1)]
-    assert sorted(p.name for p in out.rglob("*")) == ["fidelity", "fidelity.json", "fidelity.md", "resnet8-seed0.json"]
+    assert sorted(p.name for p in out.rglob("*")) == [
+        "fidelity", "fidelity.json", "fidelity.md", "fidelity.svg", "resnet8-seed0.json"
+    ]  # fmt: skip
 
 
 def test_a_finished_unit_says_how_it_came_about_and_nothing_about_whose_machine_it_was(

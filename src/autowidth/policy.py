@@ -177,7 +177,7 @@ class Editing:
 
     count: int = 8
     begin: float = 0.06
-    end: float = 0.5
+    end: float = 0.7
     offer: float = 0.05
     newborn: float = 1.0
     grace: int = 2

@@ -27,6 +27,7 @@ from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
 from autowidth.lab.models import spec
+from autowidth.lab.plots import fidelity_plot
 from autowidth.lab.train import (
     Settings,
     build_network,
@@ -127,7 +128,9 @@ def fidelity(
             command += f" --epochs {settings['training']['epochs']}"
             units.append(Unit(name=f"{model}-seed{seed}", settings=settings, command=command))
     apart = frozenset({"model", "seed"})
-    return Suite(name="fidelity", units=tuple(units), run=measure_fidelity, table=fidelity_table, apart=apart)
+    return Suite(
+        name="fidelity", units=tuple(units), run=measure_fidelity, table=fidelity_table, apart=apart, draw=fidelity_plot
+    )
 
 
 def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
