@@ -102,10 +102,6 @@ class Looks:
     def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
         """Accepts everything."""
 
-    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
-        """No trial."""
-        return {}
-
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         return tuple(range(2, total_steps + 1, 2))
 
@@ -613,6 +609,17 @@ def test_the_policy_is_told_how_well_the_last_three_audits_were_foretold() -> No
     assert len(found) == len(policy.seen) == 5 and None not in found
     for number, situation in enumerate(policy.seen):
         assert situation.fidelity == pytest.approx(np.mean(found[max(number - 2, 0) : number + 1]))
+
+
+def test_the_policy_is_told_the_loss_on_all_samples_of_the_review() -> None:
+    torch.manual_seed(0)
+    model, policy = Mixed(), Looks()
+    engine = attached(model, sgd(model), policy, 10, effort=Effort(probe_samples=96, audit_samples=40, audit_filters=2))
+    scoring, held_out = engine._batches()
+    with quiet(model) as trained, settled_norms(model, scoring, among=trained):
+        expected = mean_loss(model, [*scoring, *held_out], F.cross_entropy)
+    engine.review()
+    assert policy.seen[0].loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("setting", [{"probe_samples": 0}, {"audit_samples": -1}, {"audit_filters": -1}])

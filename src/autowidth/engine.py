@@ -323,14 +323,6 @@ class AutoWidth:
         with self._tried(removed, found, view):
             return audits.mean_loss(self.model, view.held_out, self._loss_fn) - found.baseline
 
-    def _rise_by(self, plan: ResizePlan, found: _Judgement, view: _View) -> float:
-        """The same on all samples of the review: for what compares slices, less noise counts more than a fresh look."""
-        with self._tried(_removed(plan), found, view):
-            after = audits.mean_loss(self.model, [*view.scoring, *view.held_out], self._loss_fn)
-        scored, held_out = (sum(len(x) for x, _ in part) for part in (view.scoring, view.held_out))
-        before = (found.loss * scored + (found.baseline or 0.0) * held_out) / (scored + held_out)
-        return after - before
-
     @contextmanager
     def _tried(self, removed: Mapping[str, Sequence[int]], found: _Judgement, view: _View) -> Iterator[None]:
         """While it lasts, the network is as it would be without the removed channels, its norms settled."""
@@ -379,22 +371,21 @@ class AutoWidth:
         return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
 
     def _situation(self, found: _Judgement, view: _View) -> Situation:
-        """What the policy decides on, once its trials have said what they do to the loss."""
+        """What the policy decides on."""
         start = self.history.widths_start
         books = tuple(
             Books(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
             for name, worth in found.worths.items()
         )
-        situation = Situation(
+        return Situation(
             step=self.steps,
             total_steps=self.total_steps,
             books=self._with_slices(books, found, view) if self.policy.joint and view.held_out else books,
             macs=macs_cost(self.channel_map),
             params=self._params_cost(),
+            loss=found.loss_on_all(view),
             fidelity=self._fidelity(found.fidelity),
         )
-        trial = self.policy.trial(situation)
-        return replace(situation, rise=self._rise_by(trial, found, view) if trial else None)
 
     def _fidelity(self, latest: Fidelity | None) -> float | None:
         """How well the criterion ranked the filters of the last audits, mean of Spearman's rank correlations."""
@@ -467,6 +458,11 @@ class _Judgement:
     loss: float
     fidelity: Fidelity | None
     baseline: float | None
+
+    def loss_on_all(self, view: _View) -> float:
+        """The loss on both parts of the images together."""
+        scored, held_out = (sum(len(x) for x, _ in part) for part in (view.scoring, view.held_out))
+        return (self.loss * scored + (self.baseline or 0.0) * held_out) / (scored + held_out)
 
 
 @contextmanager

@@ -64,11 +64,10 @@ class Books:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """Everything that a policy decides on: when, what is there, what it costs, what a trial has shown.
+    """Everything that a policy decides on: when, what is there, what it costs, how well the network does.
 
-    rise: what the removals of the policy's trial did to the loss, nats per sample; None where it asks for no trial or
-    there are no samples to measure it on. fidelity: how well the worths ranked the filters of the last audits,
-    Spearman's rank correlation; None where nothing was audited.
+    loss: of the network on the samples of the review, nats per sample. fidelity: how well the worths ranked the filters
+    of the last audits, Spearman's rank correlation; None where nothing was audited.
     """
 
     step: int
@@ -76,7 +75,7 @@ class Situation:
     books: tuple[Books, ...]
     macs: CostOfWidths
     params: CostOfWidths | None = None
-    rise: float | None = None
+    loss: float | None = None
     fidelity: float | None = None
 
 
@@ -111,9 +110,6 @@ class Policy(Protocol):
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """The steps, counted from 1, after which a review takes place."""
 
-    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
-        """Removals whose effect on the loss the policy wants to know before it decides; often none."""
-
     def decide(self, situation: Situation) -> Decision:
         """The resizes to make now."""
 
@@ -134,10 +130,6 @@ class Never:
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """No steps."""
         return ()
-
-    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
-        """No trial."""
-        return {}
 
     def decide(self, situation: Situation) -> Decision:
         """An empty plan."""
@@ -247,10 +239,6 @@ class Editing:
             "half the way was gone",
         )
 
-    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
-        """No trial."""
-        return {}
-
     def bearable(self, decision: Decision, *, last: bool) -> float:
         """Twice what was announced and the tolerance."""
         return 2 * (decision.announced or 0.0) + self.tolerance
@@ -352,90 +340,72 @@ class Budget(Editing):
 class Price(Editing):
     """Lets widths settle where the marginal profit is zero: where a MAC earns what it costs.
 
-    nats_per_model: what the whole compute of the starting network is worth, in nats per sample; every MAC costs the
-        same share of it.
-    slice: share of the present MACs by which each review's trial narrows the network. What the loss rises then is what
-        the slice earns: the network is narrowed where that is less than what the slice costs, widened where it is more.
-    pace: how fast: the change of ln(MACs) at a review is pace x ln(earned / cost), within `max_move` both ways.
+    The loss of networks that differ in size alone follows a power law, loss ~ MACs ** -exponent (Hestness et al. 2017,
+    Rosenfeld et al. 2020), so that one e-fold of MACs earns exponent x loss. Every MAC costs the same, and the network
+    is as wide as it should be where all of them together cost what the e-fold earns. The loss is measured at every
+    review; filters then leave and enter as under a budget of these MACs.
+
+    nats_per_model: what the whole compute of the starting network costs, nats per sample.
+    exponent: of the power law; measured on held-out images (docs/decisions/009).
+    pace: how fast: the share of ln(MACs) still to go that one review goes, within `max_move` both ways.
     """
 
-    max_move: float = 0.25
-    nats_per_model: float = 0.2
-    slice: float = 0.2
-    pace: float = 0.25
+    max_move: float = 0.35
+    nats_per_model: float = 0.1
+    exponent: float = 0.1
+    pace: float = 0.5
 
     def __post_init__(self) -> None:
         Editing.__post_init__(self)
         if not self.nats_per_model > 0:
             raise BudgetError(f"a price of nats_per_model={self.nats_per_model:g} is impossible: pass one above 0")
-        self._check_trial()
+        self._check_pace()
 
-    def _check_trial(self) -> None:
-        if not 0 < self.slice < 1 or not self.pace > 0:
-            raise ValueError(f"slice={self.slice:g}, pace={self.pace:g}: need 0 < slice < 1 and pace > 0")
+    def _check_pace(self) -> None:
+        if not self.exponent > 0 or not 0 < self.pace <= 1:
+            raise ValueError(f"exponent={self.exponent:g}, pace={self.pace:g}: need exponent > 0 and 0 < pace <= 1")
 
-    def costs(self, situation: Situation, widths: Mapping[str, int] | Array) -> float:
-        """What a network of these widths costs, nats per sample."""
+    def justified(self, situation: Situation, loss: float) -> float:
+        """The MACs at which a network of this loss costs what its last e-fold earns."""
         start = situation.macs.at({books.name: books.width_start for books in situation.books})
-        return self.nats_per_model * situation.macs.at(widths) / start
-
-    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
-        """The removals that narrow the network by a slice, the filters of least profit first."""
-        return self._slice(situation).plan()
+        return self.exponent * loss / self.nats_per_model * start
 
     def decide(self, situation: Situation) -> Decision:
         """Moves the cost towards where it pays, and allocates it as a budget does."""
-        market = self._market(situation)
-        now = situation.macs.at(market.widths)
-        saved = self.costs(situation, market.widths) - self.costs(situation, self._slice(situation).widths)
-        _, _, offering = self.standing(situation)
-        move = self._move(situation.rise, saved)
-        if not offering:
-            move = min(move, 0.0)  # who grows must still be judged
-        doubts = self.doubts(situation)
-        move = move / 2 if doubts else move
-        decision = market.deal(now * math.exp(move), self.offer * now if offering else 0.0)
-        earned = "unknown" if situation.rise is None else f"{situation.rise:.3g}"
-        note = f"the last {self.slice:.0%} of the MACs earn {earned} nats and cost {saved:.3g}"
-        return replace(decision, notes=(*doubts, note))
-
-    def _move(self, rise: float | None, saved: float) -> float:
-        """The change of ln(MACs)."""
-        if rise is None or saved <= 0:
-            return 0.0
-        ratio = min(max(rise / saved, 1 / LIMIT), LIMIT)
-        most = -math.log(max(1 - self.max_move, 1e-9))
-        return min(max(self.pace * math.log(ratio), -most), most)
-
-    def _market(self, situation: Situation) -> _Market:
         widths = {books.name: len(books.worth) for books in situation.books}
-        return _Market.opened(situation, self, situation.macs, situation.macs.at(widths))
-
-    def _slice(self, situation: Situation) -> _Market:
-        """The market after the trial."""
-        market = self._market(situation)
-        market.remove_down_to((1 - self.slice) * situation.macs.at(market.widths))
-        return market
+        now = situation.macs.at(widths)
+        if situation.loss is None or not situation.loss > 0:
+            return Decision(plan={}, notes=(f"a loss of {situation.loss} says nothing about size: nothing was done",))
+        aim = self.justified(situation, situation.loss)
+        _, _, offering = self.standing(situation)
+        doubts = self.doubts(situation)
+        most = -math.log(max(1 - self.max_move, 1e-9))
+        move = min(max(self.pace * math.log(aim / now), -most), most if offering else 0.0)  # who grows must be judged
+        market = _Market.opened(situation, self, situation.macs, now)
+        decision = market.deal(now * math.exp(move / 2 if doubts else move), self.offer * now if offering else 0.0)
+        note = f"a loss of {situation.loss:.3g} justifies {aim:.3g} MACs, and {now:.3g} were there"
+        return replace(decision, notes=(*doubts, note))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Auto(Price):
-    """Needs no target and no price: finds the widths that the data justify.
+    """Needs no target and no price: finds the width that the data justify, whatever the starting network.
 
-    Every parameter costs `nats_per_parameter` / `samples` nats per sample, whatever the starting network. The form is
-    that of description length: a parameter learnt from n samples is worth its place if it saves a fixed number of nats
-    over all of them together (Akaike 1974: one; Schwarz 1978: ln(n) / 2). Deep networks share their parameters' work,
-    so the number is far below these; the default was chosen on held-out images (docs/decisions/008).
+    As `Price`, but every parameter costs `nats_per_parameter` / `samples` nats per sample. The form is that of
+    description length: a parameter learnt from n samples is worth its place if it saves a fixed number of nats over all
+    of them together (Akaike 1974: one; Schwarz 1978: ln(n) / 2). Deep networks share their parameters' work, so the
+    number is far below these; the default was chosen on held-out images (docs/decisions/009). It says how large a
+    uniform multiple of the starting network should be; the MACs of that one are what the layers then compete for.
 
     samples: training samples; must be given (`autowidth train` does).
     """
 
-    nats_per_parameter: float = 0.012
+    nats_per_parameter: float = 0.01
     samples: int | None = None
 
     def __post_init__(self) -> None:
         Editing.__post_init__(self)
-        self._check_trial()
+        self._check_pace()
         if not self.nats_per_parameter > 0:
             raise BudgetError(f"nats_per_parameter={self.nats_per_parameter:g} is impossible: pass a number above 0")
         if self.samples is not None and self.samples < 1:
@@ -447,10 +417,14 @@ class Auto(Price):
         if self.samples is None:
             raise BudgetError("Auto needs the number of training samples: pass Auto(samples=len(dataset))")
 
-    def costs(self, situation: Situation, widths: Mapping[str, int] | Array) -> float:
-        """What a network of these widths costs, nats per sample."""
+    def justified(self, situation: Situation, loss: float) -> float:
+        """The MACs of the uniform multiple of the start whose parameters cost what its last e-fold earns."""
         assert situation.params is not None and self.samples is not None, "checked at the door"
-        return self.nats_per_parameter * situation.params.at(widths) / self.samples
+        start = {books.name: books.width_start for books in situation.books}
+        wanted = self.exponent * loss * self.samples / self.nats_per_parameter
+        factor = uniform_share(situation.params, start, wanted)
+        widths = [max(start[name] * factor, self.min_width) for name in situation.macs.names]
+        return situation.macs.at(np.array(widths))
 
 
 NEWBORN_RETURNS = 2.0
@@ -458,9 +432,6 @@ NEWBORN_RETURNS = 2.0
 
 ABSOLUTE = 100.0
 """Above this a target is an absolute number, up to it a share of the start."""
-
-LIMIT = 10.0
-"""Earnings count as at most this many times the price, and at least one over it: a trial measures with noise."""
 
 
 def shrunk(decision: Decision, worths: Mapping[str, Sequence[float]]) -> Decision:

@@ -86,10 +86,6 @@ class OneShot:
         """The one step."""
         return (max(1, round(self.at * total_steps)),)
 
-    def trial(self, situation: Situation) -> Mapping[str, IndexMap]:
-        """No trial."""
-        return {}
-
     def decide(self, situation: Situation) -> Decision:
         """The filters to remove."""
         names = situation.macs.names
