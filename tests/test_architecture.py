@@ -27,6 +27,7 @@ FLOORS = {
     "trace": 2,
     "probe": 2,
     "audit": 2,
+    "latency": 2,
     "engine": 3,
     "checkpoint": 3,
     "report": 3,

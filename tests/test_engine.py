@@ -99,7 +99,13 @@ class Looks:
     joint: float = 0.0
     seen: list[Situation] = field(default_factory=list)
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Accepts everything."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:

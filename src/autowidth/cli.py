@@ -34,7 +34,7 @@ from autowidth.lab.data import DataError, UnknownDataError
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import UnknownModelError, resolve, spec
 from autowidth.lab.peers import PeerError
-from autowidth.policy import ABSOLUTE, Auto, Budget, BudgetError, Policy, Price
+from autowidth.policy import Auto, Budget, BudgetError, Policy, Price
 from autowidth.probe import ProbeError
 from autowidth.trace import TraceError, trace
 
@@ -158,12 +158,14 @@ def train(
         typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image; default 0.5"),
     ] = None,
     params: Annotated[float | None, typer.Option(help="end at this cost, in parameters instead of MACs")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="end at this share of the time that a forward pass of one image takes here")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="the same in milliseconds")] = None,
     price: Annotated[
         float | None, typer.Option(help="end where a MAC earns what it costs: nats for all starting MACs")
     ] = None,
-    auto: Annotated[
-        bool, typer.Option("--auto", help="find a target as well; experimental, it does not settle well yet")
-    ] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="find the target as well: what the data justify")] = False,
     epochs: Annotated[int | None, _option("epochs", "--epochs")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "--batch-size")] = None,
     lr: Annotated[float | None, _option("lr", "--lr")] = None,
@@ -181,16 +183,19 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Train a network, and come out with the right number of filters in every layer."""
+    bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
     options = {
         "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
         "width": width, "out": out, "device": device, "threads": threads, "edit": False if no_edit else None,
         "price": None if price is None else {"nats_per_model": price},
-        "budget": {k: v for k, v in {"macs": macs, "params": params}.items() if v is not None} or None,
+        "budget": {k: v for k, v in bounds.items() if v is not None} or None,
     }  # fmt: skip
     console = _console(stderr=as_json)
     with door(debug=debug):
-        if auto and (macs is not None or params is not None or price is not None):
-            raise UsageError("--auto finds the target itself: leave out --macs, --params and --price, or --auto")
+        if auto and (options["budget"] or price is not None):
+            raise UsageError(
+                "--auto finds the target itself: leave out --macs, --params, --latency and --price, or --auto"
+            )
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if auto:
             given |= {"budget": None, "price": None, "auto": {}}
@@ -300,11 +305,15 @@ def _display(console: Console, settings: training.Settings, *, quiet: bool) -> _
     return _Screen(console, settings) if console.is_terminal else _Lines(console, settings)
 
 
+UNITS = {"macs": "MACs", "params": "parameters", "latency": "latency", "latency_ms": "ms per image"}
+"""What a budget bounds, for people."""
+
+
 def _aim(policy: Policy) -> str:
     """Where a policy leads, for people."""
     if isinstance(policy, Budget):
-        unit = "MACs" if policy.what == "macs" else "parameters"
-        return f"to {policy.target:.0%} of the {unit}" if policy.target <= ABSOLUTE else f"to {policy.target:g} {unit}"
+        unit = UNITS[policy.what]
+        return f"to {policy.target:g} {unit}" if policy.absolute else f"to {policy.target:.0%} of the {unit}"
     if isinstance(policy, Auto):
         return "to the widths that pay"
     return f"at {policy.nats_per_model:g} nats for all MACs" if isinstance(policy, Price) else "without reviews"
@@ -354,10 +363,11 @@ def _closing(result: training.Result) -> str:
     r = result
     what = "accuracy" if r.part == "test" else "held-out accuracy"
     share = f"{r.review_seconds / r.seconds:.1%} of it in {r.reviews} reviews" if r.reviews else "no reviews"
+    timed = f", {r.latency_ms:.3g} ms an image instead of {r.latency_ms_start:.3g}" if r.latency_ms else ""
     moved = f", {r.removed} filters removed, {r.inserted} inserted ({r.inserted_alive} alive)" if r.reviews else ""
     return (
         f"[bold]{what} {r.accuracy:.2%} with {r.macs / r.macs_start:.1%} of the MACs and "
-        f"{r.params / r.params_start:.1%} of the parameters[/bold] of the starting network{moved}; "
+        f"{r.params / r.params_start:.1%} of the parameters[/bold] of the starting network{timed}{moved}; "
         f"{r.seconds:.1f} s, {share}\nwritten to {escape(str(r.out))}: model.safetensors, run.json, history.jsonl"
     )
 

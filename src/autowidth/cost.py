@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +66,19 @@ def params_cost(channel_map: ChannelMap, parameters: Iterable[str]) -> Cost:
     return _cost(channel_map, dict.fromkeys(parameters, 1.0))
 
 
-def _cost(channel_map: ChannelMap, factors: Mapping[str, float]) -> Cost:
+def elements_cost(channel_map: ChannelMap) -> Cost:
+    """Elements per sample that the weights in use write, as a function of the widths: what norms and copies touch.
+
+    Exact for weights whose dim 0 is their output, as in convolutions and linear layers.
+    """
+    factors: dict[str, float] = {}
+    for use in channel_map.uses:
+        factors[use.name] = factors.get(use.name, 0.0) + use.macs_per_weight
+    return _cost(channel_map, factors, dims=(0,))
+
+
+def _cost(channel_map: ChannelMap, factors: Mapping[str, float], dims: Container[int] | None = None) -> Cost:
+    """The sum over weights of factor x the lengths of these dims, of all where none are named."""
     names = tuple(group.name for group in channel_map.groups)
     row = {name: t for t, name in enumerate(factors)}
     factor = np.array(list(factors.values()), dtype=np.float64)
@@ -74,13 +86,15 @@ def _cost(channel_map: ChannelMap, factors: Mapping[str, float]) -> Cost:
     columns = _channel_dims(channel_map, row)
     for name, t in row.items():
         for d, length in enumerate(channel_map.shapes[name]):
+            if dims is not None and d not in dims:
+                continue
             if d in columns[name]:
                 base[t, columns[name].index(d)] = length
             else:
                 factor[t] *= length
     for g, group in enumerate(channel_map.groups):
         for place in group.places:
-            if place.axis.name in row:
+            if place.axis.name in row and (dims is None or place.axis.dim in dims):
                 t, d = row[place.axis.name], columns[place.axis.name].index(place.axis.dim)
                 copies[t, d, g] += place.copies
                 base[t, d] -= place.copies * group.width
@@ -103,7 +117,7 @@ def count_macs(model: nn.Module, example_inputs: object) -> int:
     Half of what torch.utils.flop_counter counts (it takes a multiply-accumulate for two operations), divided by the
     batch: convolutions, linear layers and matrix products; norms and activations are free.
     """
-    args, kwargs = _call(example_inputs)
+    args, kwargs = called(example_inputs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -121,7 +135,8 @@ def count_macs(model: nn.Module, example_inputs: object) -> int:
     return int(counter.get_total_flops()) // 2 // max(tensors[0].size(0), 1)
 
 
-def _call(example_inputs: object) -> tuple[tuple[object, ...], dict[str, object]]:
+def called(example_inputs: object) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Positional and keyword arguments of a call with these inputs. Raises TypeError for what cannot be one."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, torch.Tensor):

@@ -40,7 +40,8 @@ import autowidth.audit as audits
 from autowidth.channels import ChannelMap, ParamAxis, ResizePlan
 from autowidth.cost import Cost, macs_cost, params_cost
 from autowidth.history import Event, Fidelity, History
-from autowidth.policy import Books, Decision, Policy, Situation, shrunk
+from autowidth.latency import Latency, fit_latency, timed
+from autowidth.policy import Books, Budget, Decision, Policy, Situation, shrunk
 from autowidth.probe import Loss, effective_weights, moments, probe
 from autowidth.profit import Peers, combined, folded, parts, peers
 from autowidth.surgery import apply_
@@ -140,6 +141,7 @@ class AutoWidth:
     criterion: what takes the place of our worth; it is used as it is, without audit. A filter about which it says
         nothing (NaN) stays.
     compensate: whether peers take over what is removed.
+    latency_inputs: what is timed where the policy bounds latency, often a batch of one; None for the example inputs.
 
     Raises NothingToResizeError with the reasons, ForeignOptimizerError, BudgetError, TraceError, ProbeError.
     """
@@ -158,11 +160,13 @@ class AutoWidth:
         effort: Effort | None = None,
         criterion: Criterion | None = None,
         compensate: bool = True,
+        latency_inputs: Inputs | None = None,
         seed: int = 0,
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps}: pass the number of optimizer steps of the run, at least 1")
         self.model = model
+        self._latency_inputs = example_inputs if latency_inputs is None else latency_inputs
         self.optimizers = _several(optimizer)
         self.followers = tuple(followers)
         self.policy = policy
@@ -171,6 +175,7 @@ class AutoWidth:
         self.criterion = criterion
         self.compensate = compensate
         self.channel_map = trace(model, example_inputs)
+        self.latency = self._fit_latency()
         self.calibration = audits.Calibration()
         self.steps = 0
         self._probe = probe
@@ -201,7 +206,9 @@ class AutoWidth:
                 f"{' and '.join(type(o).__name__ for o in self.optimizers) or 'no optimizer'} holds none of the "
                 "parameters that would be resized: build the optimizer from this model's parameters()"
             )
-        self.policy.check(macs_cost(self.channel_map), self.channel_map.widths, self._params_cost())
+        self.policy.check(
+            macs_cost(self.channel_map), self.channel_map.widths, self._params_cost(), self._latency_cost()
+        )
         if self._review_steps:
             probe(self.model, self.channel_map, itertools.islice(self._probe, 1), self._loss_fn)
 
@@ -223,6 +230,23 @@ class AutoWidth:
     def _params_cost(self) -> Cost:
         """The number of parameters as a function of the widths."""
         return params_cost(self.channel_map, (name for name, _ in self.model.named_parameters()))
+
+    def _fit_latency(self) -> Latency | None:
+        """The latency of the model as it is, where the policy bounds it."""
+        if not (isinstance(self.policy, Budget) and self.policy.timed and self.channel_map.groups):
+            return None
+        with quiet(self.model):
+            return fit_latency(self.model, self.channel_map, self._latency_inputs, multiple=self.policy.multiple)
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Milliseconds of one forward pass of the present model, timed now; None where the policy does not bound it."""
+        return None if self.latency is None else 1000 * timed([self.model], self._latency_inputs)[0]
+
+    def _latency_cost(self) -> Cost | None:
+        """Milliseconds as a function of the widths, right at the present ones, which are timed once more."""
+        now = self.latency_ms
+        return None if self.latency is None or now is None else self.latency.cost_through(self.channel_map, now)
 
     @property
     def review_seconds(self) -> float:
@@ -383,6 +407,7 @@ class AutoWidth:
             books=self._with_slices(books, found, view) if self.policy.joint and view.held_out else books,
             macs=macs_cost(self.channel_map),
             params=self._params_cost(),
+            latency=self._latency_cost(),
             loss=found.loss_on_all(view),
             fidelity=self._fidelity(found.fidelity),
         )

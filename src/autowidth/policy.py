@@ -7,7 +7,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,7 @@ class Situation:
     books: tuple[Books, ...]
     macs: CostOfWidths
     params: CostOfWidths | None = None
+    latency: CostOfWidths | None = None
     loss: float | None = None
     fidelity: float | None = None
 
@@ -85,13 +86,15 @@ class Decision:
 
     price: nats per MAC at the margin, of the dearest filter removed; announced: the sum of the removed filters' worths
     and of what they cost beyond that together, nats per sample. A negative worth counts for nothing there: what single
-    filters promise does not add up, since the most promising are picked (docs/decisions/004).
+    filters promise does not add up, since the most promising are picked (docs/decisions/004). multiple: of what the
+    widths that change are multiples.
     """
 
     plan: Mapping[str, IndexMap]
     target_macs: int | None = None
     price: float | None = None
     announced: float | None = None
+    multiple: int = 1
     notes: tuple[str, ...] = ()
 
 
@@ -104,7 +107,13 @@ class Policy(Protocol):
     def joint(self) -> float:
         """The share of every group's filters that a review takes away together to see what that costs; 0: none."""
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Raises BudgetError if the policy cannot be met from these widths."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
@@ -124,7 +133,13 @@ class Never:
     grace: int = 0
     joint: float = 0.0
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Accepts everything."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
@@ -179,7 +194,7 @@ class Editing:
     multiple: int = 1
     protect: tuple[str, ...] = ()
     max_move: float = 0.5
-    doubt: float = 0.2
+    doubt: float = 0.0
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
@@ -204,7 +219,13 @@ class Editing:
                 f"multiple={self.multiple}, max_move={self.max_move:g}: need multiple >= 1 and 0 < max_move <= 1"
             )
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Raises BudgetError for a pattern in `protect` that matches no group, or where it leaves nothing to edit."""
         for pattern in self.protect:
             if not fnmatch.filter(widths, pattern):
@@ -251,38 +272,58 @@ class Budget(Editing):
     macs: the target; up to 100 as a share of the MACs at the start (0.5; above 1 a larger network), above 100 as
         multiply-accumulates of one sample.
     params: the same in parameters, instead of MACs.
+    latency: a share of the milliseconds that a forward pass of the start takes, measured on this machine with the
+        engine's example inputs (see autowidth.latency); latency_ms: the same in milliseconds.
     """
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         Editing.__post_init__(self)
-        if self.macs is None and self.params is None:
+        given = {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
+        if not given:
             object.__setattr__(self, "macs", 0.5)
-        if self.macs is not None and self.params is not None:
-            raise BudgetError(f"budget macs={self.macs:g} and params={self.params:g}: pass one of the two")
+        if len(given) > 1:
+            said = " and ".join(f"{name}={value:g}" for name, value in given.items())
+            raise BudgetError(f"budget {said}: pass one of them")
         if not self.target > 0:
             raise BudgetError(
                 f"budget {self.what}={self.target:g} is impossible: pass a share of the starting network above 0"
             )
 
     @property
-    def what(self) -> Literal["macs", "params"]:
-        """The name of the cost that is bounded."""
-        return "macs" if self.params is None else "params"
+    def what(self) -> str:
+        """The name of the setting that is given: macs, params, latency or latency_ms."""
+        return next(name for name in BOUNDS if getattr(self, name) is not None)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the cost that is bounded is latency, which has to be measured."""
+        return self.what.startswith("latency")
 
     @property
     def target(self) -> float:
         """The bound as it was given, a share or an absolute number."""
-        given = self.macs if self.params is None else self.params
-        assert given is not None
-        return given
+        return float(getattr(self, self.what))
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    @property
+    def absolute(self) -> bool:
+        """Whether the target is an absolute number, and not a share of the start."""
+        return self.what == "latency_ms" or (not self.timed and self.target > ABSOLUTE)
+
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Raises BudgetError if the target is below what minimum widths cost, or above the start without insertion."""
-        Editing.check(self, macs, widths)
-        cost = self._bounded(macs, params)
+        Editing.check(self, macs, widths, params, latency)
+        cost = self._bounded(macs, params, latency)
         full = cost.at(widths)
         share = self._share(full)
         kept = self.protected(tuple(widths))
@@ -301,21 +342,20 @@ class Budget(Editing):
                 "insert nothing: raise count or lower grace"
             )
 
-    def _bounded(self, macs: CostOfWidths, params: CostOfWidths | None) -> CostOfWidths:
+    def _bounded(self, macs: CostOfWidths, params: CostOfWidths | None, latency: CostOfWidths | None) -> CostOfWidths:
         """The cost that the target is about."""
-        if self.params is None:
-            return macs
-        if params is None:
-            raise BudgetError(f"budget params={self.params:g} needs to know what a channel costs in parameters")
-        return params
+        cost = macs if self.what == "macs" else params if self.what == "params" else latency
+        if cost is None:
+            raise BudgetError(f"budget {self.what}={self.target:g} needs to know what a channel costs in that unit")
+        return cost
 
     def _share(self, full: float) -> float:
         """The target as a share of the cost at the start."""
-        return self.target if self.target <= ABSOLUTE else self.target / full
+        return self.target / full if self.absolute else self.target
 
     def decide(self, situation: Situation) -> Decision:
         """Removes the filters of least profit down to this review's target, less what newborns are offered."""
-        cost = self._bounded(situation.macs, situation.params)
+        cost = self._bounded(situation.macs, situation.params, situation.latency)
         number, reviews, offering = self.standing(situation)
         full = cost.at({books.name: books.width_start for books in situation.books})
         share = self._share(full)
@@ -411,9 +451,15 @@ class Auto(Price):
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"samples={self.samples}: pass the number of training samples, at least 1")
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Raises BudgetError where the number of samples is not known."""
-        Editing.check(self, macs, widths, params)
+        Editing.check(self, macs, widths, params, latency)
         if self.samples is None:
             raise BudgetError("Auto needs the number of training samples: pass Auto(samples=len(dataset))")
 
@@ -430,19 +476,30 @@ class Auto(Price):
 NEWBORN_RETURNS = 2.0
 """How fast the gain of newborns falls with the width of their group, as a power of it: the prior of decision 002."""
 
+BOUNDS = ("macs", "params", "latency", "latency_ms")
+"""The settings of a budget that name its target: one of them is given."""
+
 ABSOLUTE = 100.0
 """Above this a target is an absolute number, up to it a share of the start."""
 
 
 def shrunk(decision: Decision, worths: Mapping[str, Sequence[float]]) -> Decision:
-    """The weaker half of a decision's removals, and no insertions. `worths` by group name, per channel."""
+    """The weaker half of a decision's removals, and no insertions. `worths` by group name, per channel.
+
+    Widths that change stay multiples of the decision's: it may be less than half.
+    """
     order = sorted((worths[name][c], name, c) for name, index_map in decision.plan.items() for c in index_map.removed)
-    half = order[: len(order) // 2]
     gone: dict[str, list[int]] = {}
-    for _, name, c in half:
+    for _, name, c in order[: len(order) // 2]:
         gone.setdefault(name, []).append(c)
-    plan = {name: IndexMap.removing(channels, decision.plan[name].size) for name, channels in gone.items()}
-    return replace(decision, plan=plan, announced=sum(max(worth, 0.0) for worth, _, _ in half))
+    plan = {}
+    for name, channels in gone.items():
+        size = decision.plan[name].size
+        count = len(channels) - (len(channels) - size) % decision.multiple
+        if count > 0:
+            plan[name] = IndexMap.removing(channels[:count], size)
+    announced = sum(max(worths[name][c], 0.0) for name, index_map in plan.items() for c in index_map.removed)
+    return replace(decision, plan=plan, announced=announced)
 
 
 def uniform_share(macs: CostOfWidths, widths: Mapping[str, int], target: float) -> float:
@@ -507,7 +564,10 @@ class _Market:
         if offered:
             self.insert_up_to(target, price or 0.0)
             regained += self.take_back_up_to(target)
-        return Decision(plan=self.plan(), target_macs=round(target), price=price, announced=announced - regained)
+        return Decision(
+            plan=self.plan(), target_macs=round(target), price=price, announced=announced - regained,
+            multiple=self.editing.multiple,
+        )  # fmt: skip
 
     def _density(self, worth: Array, left: Array) -> Array:
         """Worth per unit of cost, under the prior of diminishing returns, if `left` channels are left in each group."""
@@ -515,18 +575,23 @@ class _Market:
         return worth * prior / np.maximum(self.cost.of_channel(self.widths), 1e-12)
 
     def remove_down_to(self, target: float) -> tuple[float | None, float]:
-        """Removes the filters of least worth per MAC until the cost is met. Returns (price, sum of worths)."""
+        """Removes the filters of least worth per MAC until the cost is met. Returns (price, sum of worths).
+
+        Of what a block saves only that counts which is still needed: at the end small blocks go before a large one.
+        """
         price, announced = None, 0.0
-        while self.cost.at(self.widths) > target:
+        while (needed := self.cost.at(self.widths) - target) > 0:
             blocks = [self._next_block(g) for g in range(len(self.books))]
             weakest = np.array([self._mean_worth(g, block) for g, block in enumerate(blocks)])
-            left = self.widths - np.array([max(len(block), 1) for block in blocks])
-            density = np.where(np.isfinite(weakest), self._density(np.maximum(weakest, 0.0), left), np.inf)
+            sizes = np.array([max(len(block), 1) for block in blocks])
+            wasted = np.maximum(self.cost.of_channel(self.widths) * sizes / needed, 1.0)
+            left = self.widths - sizes
+            density = np.where(np.isfinite(weakest), self._density(np.maximum(weakest, 0.0), left) * wasted, np.inf)
             density = np.where(np.isfinite(weakest) & (weakest < 0), weakest, density)
             g = int(np.argmin(density))
             if not np.isfinite(density[g]):
                 break
-            price = float(density[g])
+            price = float(density[g] / wasted[g])
             self.gone[g].append(blocks[g])
             announced += self._last_worth(g)
             del self.ranked[g][: len(blocks[g])]

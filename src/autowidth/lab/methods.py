@@ -76,7 +76,13 @@ class OneShot:
     grace: int = 0
     joint: float = 0.0
 
-    def check(self, macs: CostOfWidths, widths: Mapping[str, int], params: CostOfWidths | None = None) -> None:
+    def check(
+        self,
+        macs: CostOfWidths,
+        widths: Mapping[str, int],
+        params: CostOfWidths | None = None,
+        latency: CostOfWidths | None = None,
+    ) -> None:
         """Raises BudgetError for a target above the start or below what minimum widths cost."""
         least = macs.at({name: min(width, self.min_width) for name, width in widths.items()}) / macs.at(widths)
         if not least <= self.macs <= 1:

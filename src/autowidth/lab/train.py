@@ -84,7 +84,7 @@ class Settings(BaseModel):
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     edit: bool = Field(True, description="review and resize; without it the run is plain training")
     budget: Budget | None = Field(None, description="the policy that ends at a given cost; without any: half the MACs")
-    auto: Auto | None = Field(None, description="the policy that needs no target; does not settle well yet")
+    auto: Auto | None = Field(None, description="the policy that needs no target")
     price: Price | None = Field(None, description="the policy that ends where a MAC earns what it costs")
     effort: Effort | None = Field(
         None, description="how much a review looks at; not given: what takes a twentieth of the run"
@@ -271,9 +271,9 @@ class Result:
 
     `part` says on which images accuracy and loss were measured. `seconds` is the wall time of the loop with its
     evaluations, `review_seconds` the part of it that reviews took, `cpu_seconds` the processor time of the loop, on
-    which other processes of a busy machine weigh less. `inserted_alive` counts inserted filters that are
-    still there, `skipped` images that were left out because they cannot be read. `network` is the averaged copy where
-    there is one.
+    which other processes of a busy machine weigh less. `latency_ms` is what a forward pass of one image takes, None
+    where the policy does not bound it. `inserted_alive` counts inserted filters that are still there, `skipped` images
+    that were left out because they cannot be read. `network` is the averaged copy where there is one.
     """
 
     model: str
@@ -287,6 +287,8 @@ class Result:
     macs_start: int
     params: int
     params_start: int
+    latency_ms: float | None
+    latency_ms_start: float | None
     removed: int
     inserted: int
     inserted_alive: int
@@ -405,12 +407,14 @@ class _Run:
         streams = isinstance(images.train.images, Pictures)
         self.at_once = settings.batch_size if streams else EVALUATED  # large images may not fit in more
         self.ruled = max(policy.reviews(self.total_steps), default=self.total_steps) if self.rule else 0
+        one = torch.zeros(1, *images.image_shape, device=self.device)
         self.engine = AutoWidth(
             network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
             probe=probe_batches(images, settings.seed, min(PROBED, self.at_once)), loss_fn=self.loss_fn, policy=policy,
             total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
             followers=[] if self.average is None else [self.average],
             criterion=method.criterion, compensate=method.compensate,
+            latency_inputs=one.contiguous(memory_format=self.format),
         )  # fmt: skip
         if settings.effort is None:
             seen, reviews = self.total_steps * settings.batch_size, len(policy.reviews(self.total_steps))
@@ -505,7 +509,8 @@ class _Run:
         return Result(
             model=settings.model, data=self.images.name, part=self.part, seed=settings.seed, epochs=settings.epochs,
             accuracy=self.accuracy, loss=self.loss, macs=engine.macs, macs_start=engine.macs_start,
-            params=engine.params, params_start=engine.params_start, removed=history.removed_total,
+            params=engine.params, params_start=engine.params_start, latency_ms=engine.latency_ms,
+            latency_ms_start=engine.latency.measured if engine.latency else None, removed=history.removed_total,
             inserted=history.inserted_total, inserted_alive=history.inserted_alive,
             skipped=len(self.images.skipped), reviews=len(history),
             seconds=self.seconds, cpu_seconds=self.cpu_seconds, review_seconds=engine.review_seconds,
