@@ -574,7 +574,7 @@ def test_where_worths_are_doubted_less_is_removed_and_the_last_review_makes_up_f
         return
     first, told = run[0], trusting[0].decision.target_macs
     assert first.decision.target_macs == pytest.approx(math.sqrt(told * cost.at(start)), abs=1)
-    assert all(f"Spearman of {fidelity:.2f}, below 0:" in review.decision.notes[0] for review in run[:-1])
+    assert all(f"Spearman of {fidelity:.2f}, below 0.2:" in review.decision.notes[0] for review in run[:-1])
     assert not run[-1].decision.notes and run[-1].cost <= macs * cost.at(start)
 
 
@@ -588,7 +588,7 @@ def test_a_price_that_is_doubted_moves_half_as_far() -> None:
         return first.decision.target_macs / cost.at(start)
 
     assert target(None) == target(0.9) < 1
-    assert target(-0.1) == pytest.approx(math.sqrt(target(0.9)), rel=1e-4)
+    assert target(0.0) == pytest.approx(math.sqrt(target(0.9)), rel=1e-4)
 
 
 @settings(max_examples=30)

@@ -194,7 +194,7 @@ class Editing:
     multiple: int = 1
     protect: tuple[str, ...] = ()
     max_move: float = 0.5
-    doubt: float = 0.0
+    doubt: float = 0.2
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
@@ -368,7 +368,11 @@ class Budget(Editing):
             now, notes = cost.at(market.widths), self.doubts(situation)
             target = max(target, (1 - self.max_move) * now)
             target = math.sqrt(target * now) if notes else target
-        decision = market.deal(target, self.offer * min(full, cost.at(market.widths)) if offering else 0.0)
+        decision = market.deal(
+            target,
+            self.offer * min(full, cost.at(market.widths)) if offering else 0.0,
+            exactly=number == reviews,
+        )
         return replace(decision, notes=notes)
 
     def bearable(self, decision: Decision, *, last: bool) -> float:
@@ -554,12 +558,12 @@ class _Market:
             open=np.array([b.name not in kept for b in books]),
         )
 
-    def deal(self, target: float, offered: float) -> Decision:
+    def deal(self, target: float, offered: float, *, exactly: bool = False) -> Decision:
         """Removes down to the target less what is offered to newborns, who take of it what they can pay for.
 
-        What they leave goes back to the strongest of those removed.
+        What they leave goes back to the strongest of those removed. `exactly`: see `remove_down_to`.
         """
-        price, announced = self.remove_down_to(target - offered)
+        price, announced = self.remove_down_to(target - offered, exactly=exactly)
         regained = self.take_back_up_to(target - offered)
         if offered:
             self.insert_up_to(target, price or 0.0)
@@ -574,17 +578,20 @@ class _Market:
         prior = (self.share / np.maximum(left, 0.5)) ** self.editing.diminishing
         return worth * prior / np.maximum(self.cost.of_channel(self.widths), 1e-12)
 
-    def remove_down_to(self, target: float) -> tuple[float | None, float]:
+    def remove_down_to(self, target: float, *, exactly: bool) -> tuple[float | None, float]:
         """Removes the filters of least worth per MAC until the cost is met. Returns (price, sum of worths).
 
-        Of what a block saves only that counts which is still needed: at the end small blocks go before a large one.
+        With `exactly`, of what a block saves only that counts which is still needed, so that small blocks go before a
+        large one at the end. Without it the widths may get ahead: a large block is sold when its turn has come.
         """
         price, announced = None, 0.0
         while (needed := self.cost.at(self.widths) - target) > 0:
             blocks = [self._next_block(g) for g in range(len(self.books))]
             weakest = np.array([self._mean_worth(g, block) for g, block in enumerate(blocks)])
             sizes = np.array([max(len(block), 1) for block in blocks])
-            wasted = np.maximum(self.cost.of_channel(self.widths) * sizes / needed, 1.0)
+            wasted = (
+                np.maximum(self.cost.of_channel(self.widths) * sizes / needed, 1.0) if exactly else np.ones(len(sizes))
+            )
             left = self.widths - sizes
             density = np.where(np.isfinite(weakest), self._density(np.maximum(weakest, 0.0), left) * wasted, np.inf)
             density = np.where(np.isfinite(weakest) & (weakest < 0), weakest, density)
