@@ -55,7 +55,7 @@ RECIPES: Mapping[str, Recipe] = {
         methods=EVERY,
         epochs=16,
         limit=20_000,
-        train={"batch_size": 128, "pool": 2, "channels_last": True, "lr": 0.6, "budget": {"multiple": 8}},
+        train={"batch_size": 128, "pool": 2, "channels_last": True, "lr": 0.6, "budget": {"multiple": 4}},
     ),
     "cifar10": Recipe(
         data=None,
