@@ -444,7 +444,7 @@ class Auto(Price):
     samples: training samples; must be given (`autowidth train` does).
     """
 
-    nats_per_parameter: float = 0.01
+    nats_per_parameter: float = 0.011
     samples: int | None = None
 
     def __post_init__(self) -> None:
