@@ -130,8 +130,10 @@ def _option(setting: str, *names: str) -> Any:
 
 TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
-digits, ResNet-20, half of its MACs, about a minute:
+digits, ResNet-20, as wide as the digits need, about a minute:
   autowidth train
+the same, ending at half of the MACs:
+  autowidth train --macs 0.5
 the same run without reviews, for comparison:
   autowidth train --no-edit --out runs/plain
 start narrow, and let filters be inserted:
@@ -155,7 +157,7 @@ def train(
     data: Annotated[str | None, _option("data", "--data")] = None,
     macs: Annotated[
         float | None,
-        typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image; default 0.5"),
+        typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image"),
     ] = None,
     params: Annotated[float | None, typer.Option(help="end at this cost, in parameters instead of MACs")] = None,
     latency: Annotated[
@@ -165,7 +167,9 @@ def train(
     price: Annotated[
         float | None, typer.Option(help="end where a MAC earns what it costs: nats for all starting MACs")
     ] = None,
-    auto: Annotated[bool, typer.Option("--auto", help="find the target as well: what the data justify")] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="as wide as the data justify; this is what happens without any target")
+    ] = False,
     epochs: Annotated[int | None, _option("epochs", "--epochs")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "--batch-size")] = None,
     lr: Annotated[float | None, _option("lr", "--lr")] = None,
@@ -192,14 +196,7 @@ def train(
     }  # fmt: skip
     console = _console(stderr=as_json)
     with door(debug=debug):
-        if auto and (options["budget"] or price is not None):
-            raise UsageError(
-                "--auto finds the target itself: leave out --macs, --params, --latency and --price, or --auto"
-            )
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        if auto:
-            given |= {"budget": None, "price": None, "auto": {}}
-        settings = training.settings_from(given, config=config)
+        settings = training.settings_from(_given(options, auto=auto), config=config)
         if settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
         display = _display(console, settings, quiet=quiet)
@@ -210,6 +207,14 @@ def train(
         console.print(_closing(result), soft_wrap=True, highlight=False)
         if as_json:
             typer.echo(json.dumps(result.as_json(), allow_nan=False))
+
+
+def _given(options: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
+    """The options that were given; with `auto` no target of the configuration counts. Raises UsageError."""
+    if auto and (options["budget"] or options["price"]):
+        raise UsageError("--auto finds the target itself: leave out --macs, --params, --latency and --price, or --auto")
+    given = {name: value for name, value in options.items() if value is not None}
+    return given | {"budget": None, "price": None, "auto": {}} if auto else given
 
 
 def default_folder(settings: training.Settings) -> Path:
@@ -315,7 +320,7 @@ def _aim(policy: Policy) -> str:
         unit = UNITS[policy.what]
         return f"to {policy.target:g} {unit}" if policy.absolute else f"to {policy.target:.0%} of the {unit}"
     if isinstance(policy, Auto):
-        return "to the widths that pay"
+        return "to the width that the data justify"
     return f"at {policy.nats_per_model:g} nats for all MACs" if isinstance(policy, Price) else "without reviews"
 
 

@@ -83,8 +83,8 @@ class Settings(BaseModel):
     data: str = Field("digits", description="digits, cifar10:PATH, cifar100:PATH, folder:PATH or hf:NAME")
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     edit: bool = Field(True, description="review and resize; without it the run is plain training")
-    budget: Budget | None = Field(None, description="the policy that ends at a given cost; without any: half the MACs")
-    auto: Auto | None = Field(None, description="the policy that needs no target")
+    budget: Budget | None = Field(None, description="the policy that ends at a given cost")
+    auto: Auto | None = Field(None, description="the policy that needs no target; what there is without any")
     price: Price | None = Field(None, description="the policy that ends where a MAC earns what it costs")
     effort: Effort | None = Field(
         None, description="how much a review looks at; not given: what takes a twentieth of the run"
@@ -145,7 +145,7 @@ class Settings(BaseModel):
     @property
     def policy(self) -> Policy:
         """What decides on the widths by these settings."""
-        return (self.budget or self.price or self.auto or Budget()) if self.edit else Never()
+        return (self.budget or self.price or self.auto or Auto()) if self.edit else Never()
 
 
 def settings_from(given: Mapping[str, object], *, config: Path | None = None) -> Settings:
