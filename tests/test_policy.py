@@ -614,6 +614,15 @@ def test_a_budget_in_two_units_is_refused() -> None:
         Budget(latency=0.5).check(chain_cost([8], [1, 1]), {"g0": 8})
 
 
+@settings(max_examples=30)
+@given(chain=chains(), multiple=st.sampled_from([1, 4]), seed=st.integers(0, 3))
+def test_no_group_is_flooded_with_newborns(chain: tuple[Cost, dict[str, int]], multiple: int, seed: int) -> None:
+    cost, start = chain
+    for review in simulate(Budget(macs=2.0, offer=0.2, multiple=multiple), cost, start, lognormal(seed, spread=3.0)):
+        for name, index_map in review.decision.plan.items():
+            assert len(index_map.inserted) <= max(multiple, 0.25 * review.before[name])
+
+
 def test_newborns_that_cost_too_much_are_not_offered() -> None:
     cost, start = chain_cost([16, 16, 16], [9, 9, 9, 9]), {"g0": 16, "g1": 16, "g2": 16}
 

@@ -483,6 +483,9 @@ NEWBORN_RETURNS = 2.0
 BOUNDS = ("macs", "params", "latency", "latency_ms")
 """The settings of a budget that name its target: one of them is given."""
 
+LARGEST_BIRTH = 0.25
+"""Newborns of one review, as a share of their group's width: 74 in a stream of 60 undid a run at a high learning rate."""
+
 ABSOLUTE = 100.0
 """Above this a target is an absolute number, up to it a share of the start."""
 
@@ -652,7 +655,7 @@ class _Market:
     def insert_up_to(self, target: float, price: float) -> None:
         """Inserts channels where a typical filter, under the prior, earns most per MAC, and more than the price.
 
-        A group grows to its next multiple at a time.
+        A group grows to its next multiple at a time, and at one review by `LARGEST_BIRTH` of its width at most.
         """
         open_to, multiple, before = self.open.copy(), self.editing.multiple, self.widths.copy()
         while open_to.any():
@@ -664,7 +667,8 @@ class _Market:
                 return
             count = multiple - int(self.widths[g]) % multiple
             self.widths[g] += count
-            if self.cost.at(self.widths) <= target:
+            room = self.born[g] + count <= max(multiple, LARGEST_BIRTH * before[g])
+            if room and self.cost.at(self.widths) <= target:
                 self.born[g] += count
             else:
                 self.widths[g] -= count
