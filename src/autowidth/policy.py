@@ -484,7 +484,7 @@ BOUNDS = ("macs", "params", "latency", "latency_ms")
 """The settings of a budget that name its target: one of them is given."""
 
 LARGEST_BIRTH = 0.25
-"""Newborns of one review, as a share of their group's width: 74 in a stream of 60 undid a run at a high learning rate."""
+"""Newborns of one review, as a share of their group's width (74 in a stream of 60 undid a run: docs/decisions/009)."""
 
 ABSOLUTE = 100.0
 """Above this a target is an absolute number, up to it a share of the start."""
