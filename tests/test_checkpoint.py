@@ -671,7 +671,9 @@ def test_a_foreign_run_is_refused_and_nothing_is_changed(tmp_path: Path, case: s
 def test_a_hidden_buffer_of_the_usual_width_is_no_obstacle(tmp_path: Path) -> None:
     model = fresh(HiddenBuffer)
     save(tmp_path, model)
-    load_(fresh(HiddenBuffer, seed=3), tmp_path, example_inputs=INPUT)
+    other = fresh(HiddenBuffer, seed=3)
+    load_(other, tmp_path, example_inputs=INPUT)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), (1, 2), {1: 2}, torch.ones(1), {"deep": [object()]}])

@@ -474,8 +474,9 @@ def test_groups_can_be_resized_one_at_a_time(name: str) -> None:
     model, inputs, _ = example(name)
     for group in trace(model, inputs).groups:
         scratch = copy.deepcopy(model)
-        resize_(scratch, {group.name: IndexMap.identity(group.width).inserting(2)}, example_inputs=inputs)
-        outputs(scratch, inputs)
+        resized = resize_(scratch, {group.name: IndexMap.identity(group.width).inserting(2)}, example_inputs=inputs)
+        assert resized.widths[group.name] == group.width + 2
+        assert all(bool(t.isfinite().all()) for t in outputs(scratch, inputs))
 
 
 # ---- errors at the door ----------------------------------------------------------------------------------------------
