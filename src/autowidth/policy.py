@@ -566,10 +566,13 @@ class _Market:
 
         What they leave goes back to the strongest of those removed. `exactly`: see `remove_down_to`.
         """
+        grows = self.cost.at(self.widths) < target
         price, announced = self.remove_down_to(target - offered, exactly=exactly)
         regained = self.take_back_up_to(target - offered)
         if offered:
-            self.insert_up_to(target, price or 0.0)
+            self.insert_up_to(target, price or 0.0, most=LARGEST_BIRTH)
+            if grows:  # who must grow arrives, and floods where nothing else is left
+                self.insert_up_to(target, price or 0.0, most=None)
             regained += self.take_back_up_to(target)
         return Decision(
             plan=self.plan(), target_macs=round(target), price=price, announced=announced - regained,
@@ -652,10 +655,10 @@ class _Market:
                 open_to.remove(g)
         return regained
 
-    def insert_up_to(self, target: float, price: float) -> None:
+    def insert_up_to(self, target: float, price: float, *, most: float | None) -> None:
         """Inserts channels where a typical filter, under the prior, earns most per MAC, and more than the price.
 
-        A group grows to its next multiple at a time, and at one review by `LARGEST_BIRTH` of its width at most.
+        A group grows to its next multiple at a time, and by the share `most` of its width at most; None: by any.
         """
         open_to, multiple, before = self.open.copy(), self.editing.multiple, self.widths.copy()
         while open_to.any():
@@ -667,7 +670,7 @@ class _Market:
                 return
             count = multiple - int(self.widths[g]) % multiple
             self.widths[g] += count
-            room = self.born[g] + count <= max(multiple, LARGEST_BIRTH * before[g])
+            room = most is None or self.born[g] + count <= max(multiple, most * (before[g] - self.born[g]))
             if room and self.cost.at(self.widths) <= target:
                 self.born[g] += count
             else:
