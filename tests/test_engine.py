@@ -35,7 +35,7 @@ from autowidth.engine import (
 from autowidth.history import Event
 from autowidth.lab.data import ImageSet, digits
 from autowidth.lab.models import build
-from autowidth.policy import Budget, BudgetError, CostOfWidths, Decision, Never, Policy, Situation
+from autowidth.policy import Budget, BudgetError, Costs, Decision, Never, Policy, Situation
 from autowidth.probe import ProbeError
 from autowidth.trace import TraceError, trace
 
@@ -99,13 +99,7 @@ class Looks:
     joint: float = 0.0
     seen: list[Situation] = field(default_factory=list)
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Accepts everything."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:

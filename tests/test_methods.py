@@ -23,7 +23,7 @@ from autowidth.lab.methods import (
 from autowidth.lab.models import build
 from autowidth.lab.peers import torch_pruned
 from autowidth.lab.train import Method, Settings, load_images, train
-from autowidth.policy import Books, Budget, BudgetError, Never, Situation
+from autowidth.policy import Books, Budget, BudgetError, Costs, Never, Situation
 from autowidth.trace import trace
 
 QUICK = Settings(
@@ -102,7 +102,7 @@ def situation(worths: Mapping[str, list[float]], width: float = 1.0) -> Situatio
         Books(name=g.name, width_start=g.width, worth=tuple(worths[g.name]), grace=(False,) * g.width)
         for g in channel_map.groups
     )
-    return Situation(step=1, total_steps=2, books=books, macs=cost)
+    return Situation(step=1, total_steps=2, books=books, costs=Costs(macs=cost))
 
 
 def drawn(seed: int) -> dict[str, list[float]]:
@@ -119,7 +119,7 @@ def test_one_shot_removes_the_least_worthy_and_meets_its_target(seed: int, macs:
     decision = OneShot(macs=macs, scope=scope).decide(seen)  # type: ignore[arg-type]
     widths = {name: len(w) for name, w in worths.items()}
     left = widths | {name: m.width for name, m in decision.plan.items()}
-    assert seen.macs.at(left) <= macs * seen.macs.at(widths) * (1 + 1e-9)
+    assert seen.costs.macs.at(left) <= macs * seen.costs.macs.at(widths) * (1 + 1e-9)
     for name, index_map in decision.plan.items():
         gone = [worths[name][c] for c in index_map.removed]
         assert max(gone) <= min(worths[name][c] for c in index_map.source)
@@ -144,13 +144,13 @@ def test_filters_about_which_a_criterion_says_nothing_stay() -> None:
 def test_one_shot_refuses_what_it_cannot_meet(macs: float) -> None:
     seen = situation(drawn(0))
     with pytest.raises(BudgetError, match="impossible"):
-        OneShot(macs=macs).check(seen.macs, {books.name: len(books.worth) for books in seen.books})
+        OneShot(macs=macs).check(seen.costs, {books.name: len(books.worth) for books in seen.books})
 
 
 @given(share=st.floats(0.05, 4.0))
 @settings(max_examples=20, deadline=None)
 def test_uniform_widths_cost_at_most_the_target_and_leave_little_of_it(share: float) -> None:
-    cost = situation(drawn(0)).macs
+    cost = situation(drawn(0)).costs.macs
     start = {name: len(w) for name, w in drawn(0).items()}
     widths = uniform_widths(cost, start, share * cost.at(start))
     assert cost.at(widths) <= share * cost.at(start)

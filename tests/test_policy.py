@@ -22,6 +22,7 @@ from autowidth.policy import (
     Books,
     Budget,
     BudgetError,
+    Costs,
     Decision,
     Never,
     Policy,
@@ -94,7 +95,7 @@ class Review:
 
     @property
     def cost(self) -> float:
-        return self.situation.macs.at(self.widths)
+        return self.situation.costs.macs.at(self.widths)
 
 
 Loss = Callable[[Mapping[str, int]], float]
@@ -114,7 +115,7 @@ def simulate(
 
     The loss is what `loss` says of the widths; audits always show `fidelity`.
     """
-    policy.check(cost, start, cost)
+    policy.check(Costs(macs=cost, params=cost), start)
     born: dict[str, list[int | None]] = {name: [None] * width for name, width in start.items()}
     reviews: list[Review] = []
     for number, step in enumerate(policy.reviews(total)):
@@ -129,7 +130,7 @@ def simulate(
         )
         before = {name: len(ages) for name, ages in born.items()}
         situation = Situation(
-            step=step, total_steps=total, books=books, macs=cost, params=cost, fidelity=fidelity,
+            step=step, total_steps=total, books=books, costs=Costs(macs=cost, params=cost), fidelity=fidelity,
             loss=None if loss is None else loss(before),
         )  # fmt: skip
         decision = policy.decide(situation)
@@ -177,7 +178,7 @@ def test_a_budget_is_never_exceeded_and_leaves_no_room_for_a_channel(
     cost, start = chain
     policy = Budget(macs=macs, offer=offer, grace=grace, count=count)
     try:
-        policy.check(cost, start)
+        policy.check(Costs(macs=cost), start)
     except BudgetError:
         assume(False)
     last = simulate(policy, cost, start, lognormal(seed))[-1]
@@ -190,7 +191,7 @@ def test_the_way_to_the_budget_has_no_detour(chain: tuple[Cost, dict[str, int]],
     """No review aims beyond the target, and the targets go one way."""
     cost, start = chain
     try:
-        Budget(macs=macs).check(cost, start)
+        Budget(macs=macs).check(Costs(macs=cost), start)
     except BudgetError:
         assume(False)
     reviews = simulate(Budget(macs=macs), cost, start, lognormal(seed))
@@ -210,7 +211,7 @@ def test_minimum_widths_are_kept(chain: tuple[Cost, dict[str, int]], macs: float
     floor = {name: min(width, least) for name, width in start.items()}
     if macs * cost.at(start) < cost.at(floor):
         with pytest.raises(BudgetError, match=f"min_width={least}"):
-            policy.check(cost, start)
+            policy.check(Costs(macs=cost), start)
         return
     for review in simulate(policy, cost, start, lognormal(seed)):
         assert all(width >= floor[name] for name, width in review.widths.items())
@@ -234,7 +235,7 @@ def test_newborns_in_grace_stay(
     cost, start = chain
     policy = Budget(macs=macs, grace=grace, offer=offer)
     try:
-        policy.check(cost, start)
+        policy.check(Costs(macs=cost), start)
     except BudgetError:
         assume(False)
     drawn = lognormal(seed)
@@ -291,7 +292,7 @@ def last_decision(policy: Budget, cost: Cost, worth: Mapping[str, Sequence[float
     books = tuple(
         Books(name=n, width_start=start[n], worth=tuple(w), grace=(False,) * len(w)) for n, w in worth.items()
     )
-    situation = Situation(step=1000, total_steps=1000, books=books, macs=cost)
+    situation = Situation(step=1000, total_steps=1000, books=books, costs=Costs(macs=cost))
     decision = policy.decide(situation)
     widths = {n: decision.plan[n].width if n in decision.plan else len(w) for n, w in worth.items()}
     return Review(situation, decision, widths)
@@ -304,7 +305,7 @@ def test_within_a_group_the_least_worthy_leave(chain: tuple[Cost, dict[str, int]
     cost, start = chain
     policy = Budget(macs=macs, count=1)
     try:
-        policy.check(cost, start)
+        policy.check(Costs(macs=cost), start)
     except BudgetError:
         assume(False)
     drawn = lognormal(seed)
@@ -325,7 +326,7 @@ def test_nobody_leaves_who_could_have_stayed(chain: tuple[Cost, dict[str, int]],
     cost, start = chain
     policy = Budget(macs=macs, count=1)
     try:
-        policy.check(cost, start)
+        policy.check(Costs(macs=cost), start)
     except BudgetError:
         assume(False)
     drawn = lognormal(seed)
@@ -427,20 +428,20 @@ def test_a_budget_below_minimum_widths_names_the_least_that_is_possible() -> Non
     channel_map = lab_map("resnet8", 1.0)
     cost, start = macs_cost(channel_map), channel_map.widths
     with pytest.raises(BudgetError, match="min_width=2") as caught:
-        Budget(macs=1e-4).check(cost, start)
+        Budget(macs=1e-4).check(Costs(macs=cost), start)
     least = cost.at(dict.fromkeys(start, 2)) / cost.at(start)
     assert f"{least:.3g}" in str(caught.value)
-    Budget(macs=least * 1.01).check(cost, start)
+    Budget(macs=least * 1.01).check(Costs(macs=cost), start)
 
 
 def test_growth_without_insertion_is_refused() -> None:
     channel_map = lab_map("resnet8", 1.0)
     cost, start = macs_cost(channel_map), channel_map.widths
     with pytest.raises(BudgetError, match="offer=0"):
-        Budget(macs=1.5, offer=0).check(cost, start)
+        Budget(macs=1.5, offer=0).check(Costs(macs=cost), start)
     with pytest.raises(BudgetError, match="raise count or lower grace"):
-        Budget(macs=1.5, count=2, grace=2).check(cost, start)
-    Budget(macs=1.0, offer=0).check(cost, start)
+        Budget(macs=1.5, count=2, grace=2).check(Costs(macs=cost), start)
+    Budget(macs=1.0, offer=0).check(Costs(macs=cost), start)
 
 
 # -------------------------------------------------------------------------------------------------- share, Never
@@ -464,12 +465,12 @@ def test_uniform_share_of_one_layer_between_fixed_ones_is_the_share_itself() -> 
 def test_never_does_nothing() -> None:
     channel_map = lab_map("resnet8", 1.0)
     policy = Never()
-    policy.check(macs_cost(channel_map), channel_map.widths)
+    policy.check(Costs(macs=macs_cost(channel_map)), channel_map.widths)
     assert policy.reviews(1000) == ()
     books = tuple(
         Books(name=n, width_start=w, worth=(-1.0,) * w, grace=(False,) * w) for n, w in channel_map.widths.items()
     )
-    situation = Situation(step=1, total_steps=2, books=books, macs=macs_cost(channel_map))
+    situation = Situation(step=1, total_steps=2, books=books, costs=Costs(macs=macs_cost(channel_map)))
     assert not policy.decide(situation).plan
 
 
@@ -517,9 +518,9 @@ def feasible(cost: Cost, start: Mapping[str, int], macs: float, kept: tuple[str,
 def test_a_pattern_that_matches_nothing_is_an_error_with_close_names() -> None:
     cost, start = chain_cost([8, 8], [9, 9, 9]), {"g0": 8, "g1": 8}
     with pytest.raises(BudgetError, match=r"protect='h0' matches no channel group.*g0"):
-        Budget(protect=("h0",)).check(cost, start)
+        Budget(protect=("h0",)).check(Costs(macs=cost), start)
     with pytest.raises(BudgetError, match="nothing is left"):
-        Auto(protect=("g*",)).check(cost, start)
+        Auto(protect=("g*",)).check(Costs(macs=cost), start)
 
 
 @settings(max_examples=30)
@@ -611,7 +612,7 @@ def test_a_budget_in_two_units_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"latency=0\.5 and latency_ms=3"):
         Budget(latency=0.5, latency_ms=3)
     with pytest.raises(BudgetError, match=r"latency=0\.5 needs to know"):
-        Budget(latency=0.5).check(chain_cost([8], [1, 1]), {"g0": 8})
+        Budget(latency=0.5).check(Costs(macs=chain_cost([8], [1, 1])), {"g0": 8})
 
 
 @settings(max_examples=30)
@@ -669,7 +670,7 @@ def test_a_loss_that_says_nothing_about_size_moves_nothing(loss: float | None) -
 def test_auto_without_the_number_of_samples_is_refused() -> None:
     cost, start = chain_cost([8, 8], [9, 9, 9]), {"g0": 8, "g1": 8}
     with pytest.raises(BudgetError, match=r"Auto\(samples=len\(dataset\)\)"):
-        Auto().check(cost, start, cost)
+        Auto().check(Costs(macs=cost, params=cost), start)
 
 
 @pytest.mark.parametrize(
@@ -712,7 +713,7 @@ def decided(policy: Budget, together: Mapping[str, tuple[int, float] | None]) ->
     books = tuple(
         Books(name=n, width_start=16, worth=(1e-3,) * 16, grace=(False,) * 16, together=t) for n, t in together.items()
     )
-    return policy.decide(Situation(step=1, total_steps=1, books=books, macs=cost))
+    return policy.decide(Situation(step=1, total_steps=1, books=books, costs=Costs(macs=cost)))
 
 
 def test_a_group_whose_filters_stand_in_for_each_other_keeps_more_of_them() -> None:

@@ -41,7 +41,7 @@ from autowidth.channels import ChannelMap, ParamAxis, ResizePlan
 from autowidth.cost import Cost, macs_cost, params_cost
 from autowidth.history import Event, Fidelity, History
 from autowidth.latency import Latency, fit_latency, timed
-from autowidth.policy import Books, Budget, Decision, Policy, Situation, shrunk
+from autowidth.policy import Books, Budget, Costs, Decision, Policy, Situation, shrunk
 from autowidth.probe import Loss, effective_weights, moments, probe
 from autowidth.profit import Peers, combined, folded, parts, peers
 from autowidth.surgery import apply_
@@ -206,9 +206,7 @@ class AutoWidth:
                 f"{' and '.join(type(o).__name__ for o in self.optimizers) or 'no optimizer'} holds none of the "
                 "parameters that would be resized: build the optimizer from this model's parameters()"
             )
-        self.policy.check(
-            macs_cost(self.channel_map), self.channel_map.widths, self._params_cost(), self._latency_cost()
-        )
+        self.policy.check(self._costs(), self.channel_map.widths)
         if self._review_steps:
             probe(self.model, self.channel_map, itertools.islice(self._probe, 1), self._loss_fn)
 
@@ -227,9 +225,14 @@ class AutoWidth:
         """The number of parameters now."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def _params_cost(self) -> Cost:
-        """The number of parameters as a function of the widths."""
-        return params_cost(self.channel_map, (name for name, _ in self.model.named_parameters()))
+    def _costs(self) -> Costs:
+        """What the model costs as a function of its widths."""
+        names = (name for name, _ in self.model.named_parameters())
+        return Costs(
+            macs=macs_cost(self.channel_map),
+            params=params_cost(self.channel_map, names),
+            latency=self._latency_cost(),
+        )
 
     def _fit_latency(self) -> Latency | None:
         """The latency of the model as it is, where the policy bounds it."""
@@ -405,9 +408,7 @@ class AutoWidth:
             step=self.steps,
             total_steps=self.total_steps,
             books=self._with_slices(books, found, view) if self.policy.joint and view.held_out else books,
-            macs=macs_cost(self.channel_map),
-            params=self._params_cost(),
-            latency=self._latency_cost(),
+            costs=self._costs(),
             loss=found.loss_on_all(view),
             fidelity=self._fidelity(found.fidelity),
         )
@@ -524,27 +525,21 @@ def settled_norms(
     are left out: a norm may have no second value to compare it with.
     """
     usable = [inputs for inputs, _ in batches if len(inputs) > 1]
-    trained = [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
-    norms = trained if usable else []
-    settled = False
-    saved = [({name: buffer.clone() for name, buffer in m.named_buffers()}, m.momentum, m.training) for m in norms]
-    try:
+    norms = _running_norms(model, among) if usable else []
+    with _as_found(norms):
+        modes = [norm.training for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
         with torch.no_grad():
             for inputs in usable if norms else ():
                 model(inputs)
-        for norm, (_, _, training) in zip(norms, saved, strict=True):
+        for norm, training in zip(norms, modes, strict=True):
             norm.training = training
         yield
-        settled = keep
-    finally:
-        for norm, (buffers, momentum, training) in zip(norms, saved, strict=True):
-            norm.momentum, norm.training = momentum, training
-            for name, content in buffers.items():
-                if not settled or name == "num_batches_tracked":
-                    norm.get_buffer(name).copy_(content)
+        settled = [(b, b.clone()) for norm in norms for b in norm.buffers() if b is not norm.num_batches_tracked]
+    for buffer, content in settled if keep else ():
+        buffer.copy_(content)
 
 
 @contextmanager
@@ -554,17 +549,29 @@ def batch_norms(model: nn.Module, *, among: Collection[nn.Module]) -> Iterator[N
     `among` are the modules that are being trained. It is what `settled_norms` does at half the price, for batches that
     are large enough to speak for all.
     """
-    norms = [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
-    saved = [(m.momentum, m.training, {n: b.clone() for n, b in m.named_buffers()}) for m in norms]
-    try:
+    norms = _running_norms(model, among)
+    with _as_found(norms):
         for norm in norms:
             norm.momentum, norm.training = 0.0, True
+        yield
+
+
+def _running_norms(model: nn.Module, among: Collection[nn.Module]) -> list[_NormBase]:
+    """The norms among these modules that keep running statistics."""
+    return [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
+
+
+@contextmanager
+def _as_found(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Afterwards momentum, mode and statistics of the norms are as they were."""
+    saved = [(m.momentum, m.training, [(b, b.clone()) for b in m.buffers()]) for m in norms]
+    try:
         yield
     finally:
         for norm, (momentum, training, buffers) in zip(norms, saved, strict=True):
             norm.momentum, norm.training = momentum, training
-            for name, content in buffers.items():
-                norm.get_buffer(name).copy_(content)
+            for buffer, content in buffers:
+                buffer.copy_(content)
 
 
 class _Clock:

@@ -31,6 +31,15 @@ class CostOfWidths(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a network costs at given widths: multiply-accumulates, parameters, milliseconds where they are bounded."""
+
+    macs: CostOfWidths
+    params: CostOfWidths | None = None
+    latency: CostOfWidths | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Books:
     """What a policy sees of one channel group at a review.
 
@@ -73,9 +82,7 @@ class Situation:
     step: int
     total_steps: int
     books: tuple[Books, ...]
-    macs: CostOfWidths
-    params: CostOfWidths | None = None
-    latency: CostOfWidths | None = None
+    costs: Costs
     loss: float | None = None
     fidelity: float | None = None
 
@@ -107,13 +114,7 @@ class Policy(Protocol):
     def joint(self) -> float:
         """The share of every group's filters that a review takes away together to see what that costs; 0: none."""
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Raises BudgetError if the policy cannot be met from these widths."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
@@ -133,13 +134,7 @@ class Never:
     grace: int = 0
     joint: float = 0.0
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Accepts everything."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
@@ -219,13 +214,7 @@ class Editing:
                 f"multiple={self.multiple}, max_move={self.max_move:g}: need multiple >= 1 and 0 < max_move <= 1"
             )
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Raises BudgetError for a pattern in `protect` that matches no group, or where it leaves nothing to edit."""
         for pattern in self.protect:
             if not fnmatch.filter(widths, pattern):
@@ -314,16 +303,10 @@ class Budget(Editing):
         """Whether the target is an absolute number, and not a share of the start."""
         return self.what == "latency_ms" or (not self.timed and self.target > ABSOLUTE)
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Raises BudgetError if the target is below what minimum widths cost, or above the start without insertion."""
-        Editing.check(self, macs, widths, params, latency)
-        cost = self._bounded(macs, params, latency)
+        Editing.check(self, costs, widths)
+        cost = self._bounded(costs)
         full = cost.at(widths)
         share = self._share(full)
         kept = self.protected(tuple(widths))
@@ -342,9 +325,9 @@ class Budget(Editing):
                 "insert nothing: raise count or lower grace"
             )
 
-    def _bounded(self, macs: CostOfWidths, params: CostOfWidths | None, latency: CostOfWidths | None) -> CostOfWidths:
+    def _bounded(self, costs: Costs) -> CostOfWidths:
         """The cost that the target is about."""
-        cost = macs if self.what == "macs" else params if self.what == "params" else latency
+        cost = costs.latency if self.timed else costs.params if self.what == "params" else costs.macs
         if cost is None:
             raise BudgetError(f"budget {self.what}={self.target:g} needs to know what a channel costs in that unit")
         return cost
@@ -355,7 +338,7 @@ class Budget(Editing):
 
     def decide(self, situation: Situation) -> Decision:
         """Removes the filters of least profit down to this review's target, less what newborns are offered."""
-        cost = self._bounded(situation.macs, situation.params, situation.latency)
+        cost = self._bounded(situation.costs)
         number, reviews, offering = self.standing(situation)
         full = cost.at({books.name: books.width_start for books in situation.books})
         share = self._share(full)
@@ -411,13 +394,13 @@ class Price(Editing):
 
     def justified(self, situation: Situation, loss: float) -> float:
         """The MACs at which a network of this loss costs what its last e-fold earns."""
-        start = situation.macs.at({books.name: books.width_start for books in situation.books})
+        start = situation.costs.macs.at({books.name: books.width_start for books in situation.books})
         return self.exponent * loss / self.nats_per_model * start
 
     def decide(self, situation: Situation) -> Decision:
         """Moves the cost towards where it pays, and allocates it as a budget does."""
         widths = {books.name: len(books.worth) for books in situation.books}
-        now = situation.macs.at(widths)
+        now = situation.costs.macs.at(widths)
         if situation.loss is None or not situation.loss > 0:
             return Decision(plan={}, notes=(f"a loss of {situation.loss} says nothing about size: nothing was done",))
         aim = self.justified(situation, situation.loss)
@@ -425,7 +408,7 @@ class Price(Editing):
         doubts = self.doubts(situation)
         most = -math.log(max(1 - self.max_move, 1e-9))
         move = min(max(self.pace * math.log(aim / now), -most), most if offering else 0.0)  # who grows must be judged
-        market = _Market.opened(situation, self, situation.macs, now)
+        market = _Market.opened(situation, self, situation.costs.macs, now)
         decision = market.deal(now * math.exp(move / 2 if doubts else move), self.offer * now if offering else 0.0)
         note = f"a loss of {situation.loss:.3g} justifies {aim:.3g} MACs, and {now:.3g} were there"
         return replace(decision, notes=(*doubts, note))
@@ -455,26 +438,20 @@ class Auto(Price):
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"samples={self.samples}: pass the number of training samples, at least 1")
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Raises BudgetError where the number of samples is not known."""
-        Editing.check(self, macs, widths, params, latency)
+        Editing.check(self, costs, widths)
         if self.samples is None:
             raise BudgetError("Auto needs the number of training samples: pass Auto(samples=len(dataset))")
 
     def justified(self, situation: Situation, loss: float) -> float:
         """The MACs of the uniform multiple of the start whose parameters cost what its last e-fold earns."""
-        assert situation.params is not None and self.samples is not None, "checked at the door"
+        assert situation.costs.params is not None and self.samples is not None, "checked at the door"
         start = {books.name: books.width_start for books in situation.books}
         wanted = self.exponent * loss * self.samples / self.nats_per_parameter
-        factor = uniform_share(situation.params, start, wanted)
-        widths = [max(start[name] * factor, self.min_width) for name in situation.macs.names]
-        return situation.macs.at(np.array(widths))
+        factor = uniform_share(situation.costs.params, start, wanted)
+        widths = [max(start[name] * factor, self.min_width) for name in situation.costs.macs.names]
+        return situation.costs.macs.at(np.array(widths))
 
 
 NEWBORN_RETURNS = 2.0

@@ -21,7 +21,7 @@ from autowidth.lab.data import ImageSet
 from autowidth.lab.models import initialise
 from autowidth.lab.peers import torch_pruned
 from autowidth.lab.train import Method, Result, Settings, build_network, train
-from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Decision, Never, Situation, uniform_share
+from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
 from autowidth.surgery import apply_
@@ -76,15 +76,11 @@ class OneShot:
     grace: int = 0
     joint: float = 0.0
 
-    def check(
-        self,
-        macs: CostOfWidths,
-        widths: Mapping[str, int],
-        params: CostOfWidths | None = None,
-        latency: CostOfWidths | None = None,
-    ) -> None:
+    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Raises BudgetError for a target above the start or below what minimum widths cost."""
-        least = macs.at({name: min(width, self.min_width) for name, width in widths.items()}) / macs.at(widths)
+        least = costs.macs.at({name: min(width, self.min_width) for name, width in widths.items()}) / costs.macs.at(
+            widths
+        )
         if not least <= self.macs <= 1:
             raise BudgetError(f"one-shot pruning to macs={self.macs:g} is impossible: allowed are {least:.3g} to 1")
 
@@ -94,11 +90,11 @@ class OneShot:
 
     def decide(self, situation: Situation) -> Decision:
         """The filters to remove."""
-        names = situation.macs.names
+        names = situation.costs.macs.names
         worths = {books.name: books.worth for books in situation.books}
-        target = self.macs * situation.macs.at({name: len(worth) for name, worth in worths.items()})
+        target = self.macs * situation.costs.macs.at({name: len(worth) for name, worth in worths.items()})
         widths = self._by_layer if self.scope == "layer" else self._by_network
-        left = widths(situation.macs, worths, target)
+        left = widths(situation.costs.macs, worths, target)
         plan = {}
         for name in names:
             order = sorted(range(len(worths[name])), key=worths[name].__getitem__)
