@@ -107,6 +107,9 @@ def test_train_as_json_prints_one_object_and_writes_a_run_that_loads(folder: Pat
     result = json.loads(done.stdout)
     assert result.keys() >= PROMISED
     assert (result["seed"], result["out"]) == (5, "runs/resnet8-digits-5")
+    assert len(result["history"]) == result["reviews"] == 2
+    assert sum(sum(review["removed"].values()) for review in result["history"]) == result["removed"] > 0
+    assert all(review.keys() >= {"price", "announced", "measured", "inserted", "alive"} for review in result["history"])
     assert 0.4 < result["macs"] / result["macs_start"] <= 0.7
     assert "epoch 2/2" in done.stderr
     assert "channel group" in done.stderr

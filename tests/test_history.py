@@ -272,6 +272,29 @@ def test_lineage_follows_every_channel(history: History) -> None:
     expected = slow_channels(history)
     assert {group: list(index_map.source) for group, index_map in history.lineage().items()} == expected
     assert history.inserted_alive == sum(channels.count(FRESH) for channels in expected.values())
+    survivors = history.survivors()
+    assert sum(sum(alive.values()) for alive in survivors) == history.inserted_alive
+    for one, alive in zip(history, survivors, strict=True):
+        assert alive.keys() == {group for group, count in one.inserted.items() if count}
+
+
+def test_the_digest_says_of_every_review_who_left_who_came_and_who_stayed() -> None:
+    history = History({"a": 4, "b": 2})
+    first = {"a": IndexMap.removing([0], 4).inserting(2), "b": IndexMap.removing([1], 2)}
+    history.append(event(10, maps=first, widths={"a": 5, "b": 1}, price=2e-9, announced=0.25, measured=0.5))
+    history.append(event(20, maps={"a": IndexMap.removing([3], 5).inserting(1)}, widths={"a": 5, "b": 1}))
+    early, late = history.digest()
+    assert (early["removed"], early["inserted"], early["alive"]) == ({"a": 1, "b": 1}, {"a": 2}, {"a": 1})
+    assert (late["removed"], late["inserted"], late["alive"]) == ({"a": 1}, {"a": 1}, {"a": 1})
+    assert (early["step"], early["price"], early["announced"], early["measured"]) == (10, 2e-9, 0.25, 0.5)
+    assert json.loads(json.dumps(history.digest(), allow_nan=False)) == [early, late]
+
+
+def test_survivors_refuse_a_map_for_another_width() -> None:
+    history = History({"a": 4})
+    history.append(event(5, maps={"a": IndexMap.identity(3)}, widths={"a": 3}))
+    with pytest.raises(ValueError, match="step 5: the map of 'a' does not fit"):
+        history.survivors()
 
 
 @given(runs())

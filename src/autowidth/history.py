@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from autowidth.channels import IndexMap
+from autowidth.channels import FRESH, IndexMap
 
 SCHEMA = 1
 """Version of the file format. A reader refuses a file of a newer version."""
@@ -234,6 +234,48 @@ class History:
                     raise ValueError(f"step {event.step}: {group!r} is no channel group of the starting network")
                 composed[group] = composed[group].then(index_map)
         return composed
+
+    def survivors(self) -> tuple[dict[str, int], ...]:
+        """For each event: channel group name -> how many of the fresh channels that came then are still there.
+
+        Groups without a fresh channel are left out; a map that repeats one makes two of it. Raises ValueError for a
+        map that does not fit its group.
+        """
+        born: dict[str, list[int]] = {group: [-1] * width for group, width in self._widths_start.items()}
+        for number, event in enumerate(self._events):
+            for group, index_map in event.maps.items():
+                if len(born.get(group, ())) != index_map.size:
+                    raise ValueError(f"step {event.step}: the map of {group!r} does not fit the group")
+                born[group] = [number if s == FRESH else born[group][s] for s in index_map.source]
+        return tuple(
+            {group: born[group].count(number) for group, count in event.inserted.items() if count}
+            for number, event in enumerate(self._events)
+        )
+
+    def digest(self) -> list[dict[str, object]]:
+        """A record for each review that JSON can hold: the losses, the price, who left, who came and who stayed.
+
+        Keys: step; loss, announced and measured, nats per sample; price, nats per MAC; macs and params after it;
+        removed, inserted and, of those inserted then, alive at the end of this record, by channel group; spearman, how
+        well the criterion had ranked the filters that were audited; notes.
+        """
+        return [
+            {
+                "step": event.step,
+                "loss": event.loss,
+                "announced": event.announced,
+                "measured": event.measured,
+                "price": event.price,
+                "macs": event.macs,
+                "params": event.params,
+                "removed": {group: count for group, count in event.removed.items() if count},
+                "inserted": {group: count for group, count in event.inserted.items() if count},
+                "alive": alive,
+                "spearman": event.fidelity and event.fidelity.spearman,
+                "notes": list(event.notes),
+            }
+            for event, alive in zip(self._events, self.survivors(), strict=True)
+        ]
 
     @property
     def removed_total(self) -> int:

@@ -307,9 +307,9 @@ class Result:
     history: History = field(repr=False, compare=False)
 
     def as_json(self) -> dict[str, Any]:
-        """All that JSON can hold: everything but the network, its channel map and the history."""
+        """All that JSON can hold: everything but the network and its channel map; of the history, its digest."""
         names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
