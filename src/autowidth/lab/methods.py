@@ -47,6 +47,10 @@ class Task:
     macs: float
     images: ImageSet
 
+    def lasting(self, longer: int) -> Settings:
+        """The task's settings with so many times its epochs."""
+        return self.settings.model_copy(update={"epochs": self.settings.epochs * longer})
+
     def trained(self, *, settings: Settings | None = None, **how: Any) -> Result:
         """A run on the task's images, by other settings where they are given; `how` as `train` takes it."""
         return train(settings or self.settings, images=self.images, **how)
@@ -173,17 +177,28 @@ def _of_start(task: Task) -> float:
 
 
 def ours(
-    task: Task, *, name: str, method: Method | None = None, retrained: bool = False, **budget: Any
+    task: Task, *, name: str, method: Method | None = None, retrained: bool = False, longer: int = 1, **budget: Any
 ) -> list[Finish]:
-    """Our run under a budget, with parts of it replaced; with `retrained` the same widths trained from scratch."""
+    """Our run under a budget, with parts of it replaced, over the epochs times `longer`.
+
+    With `retrained` the same widths are trained from scratch as well.
+    """
+    settings = task.lasting(longer)
     policy = replace(task.settings.budget or Budget(), macs=_of_start(task), **budget)
     said = f"budget {task.macs:g}"
-    found = task.trained(method=replace(method or Method(), policy=policy))
-    finishes = [Finish(method=name, policy=said, result=found)]
+    found = task.trained(settings=settings, method=replace(method or Method(), policy=policy))
+    finishes = [Finish(method=_lasting(name, longer), policy=said, result=found)]
     if retrained:
-        again = task.trained(method=Method(policy=Never()), network=fresh_network(task, lambda _: found.widths))
-        finishes.append(Finish(method="retrained", policy=said, result=again))
+        again = task.trained(
+            settings=settings, method=Method(policy=Never()), network=fresh_network(task, lambda _: found.widths)
+        )
+        finishes.append(Finish(method=_lasting("retrained", longer), policy=said, result=again))
     return finishes
+
+
+def _lasting(name: str, longer: int) -> str:
+    """The name of a method that takes so many times the epochs."""
+    return name if longer == 1 else f"{name}-x{longer}"
 
 
 def automatic(task: Task) -> list[Finish]:
@@ -214,14 +229,16 @@ def dense(task: Task) -> list[Finish]:
     return [Finish(method="dense", policy="none", result=task.trained(method=Method(policy=Never())))]
 
 
-def uniform(task: Task) -> list[Finish]:
-    """A uniformly narrowed network of the target's MACs, trained from scratch."""
+def uniform(task: Task, *, longer: int = 1) -> list[Finish]:
+    """A uniformly narrowed network of the target's MACs, trained from scratch for the epochs times `longer`."""
 
     def narrowed(channel_map: ChannelMap) -> dict[str, int]:
         return uniform_widths(macs_cost(channel_map), channel_map.widths, task.macs * dense_macs(task))
 
-    found = task.trained(method=Method(policy=Never()), network=fresh_network(task, narrowed))
-    return [Finish(method="uniform", policy=f"uniform {task.macs:g}", result=found)]
+    found = task.trained(
+        settings=task.lasting(longer), method=Method(policy=Never()), network=fresh_network(task, narrowed)
+    )
+    return [Finish(method=_lasting("uniform", longer), policy=f"uniform {task.macs:g}", result=found)]
 
 
 # ---- published methods and peers -------------------------------------------------------------------------------------
@@ -273,7 +290,7 @@ def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "netwo
         cpu_seconds=first.cpu_seconds + second.cpu_seconds,
         review_seconds=pruning,
     )
-    name = f"torch-pruning-{importance}-{scope}" + ("" if longer == 1 else f"-x{longer}")
+    name = _lasting(f"torch-pruning-{importance}-{scope}", longer)
     return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=whole)]
 
 
@@ -301,9 +318,11 @@ def _criterion(name: str) -> Criterion:
 
 METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
     "autowidth": partial(ours, name="autowidth", retrained=True),
+    "autowidth-x2": partial(ours, name="autowidth", longer=2),
     "autowidth-auto": automatic,
     "dense": dense,
     "uniform": uniform,
+    "uniform-x2": partial(uniform, longer=2),
     "autowidth-no-insertion": partial(ours, name="autowidth-no-insertion", offer=0.0),
     "autowidth-no-compensation": partial(ours, name="autowidth-no-compensation", method=Method(compensate=False)),
     "autowidth-next": partial(ours, name="autowidth-next", method=Method(criterion=partial(part_alone, part=0))),
