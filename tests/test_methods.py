@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +25,17 @@ from autowidth.lab.methods import (
     uniform_widths,
 )
 from autowidth.lab.models import build
-from autowidth.lab.peers import torch_pruned
-from autowidth.lab.train import Method, Settings, load_images, train
+from autowidth.lab.peers import (
+    SEEN,
+    PeerError,
+    UnfitModelError,
+    gromo_grown,
+    growing_network,
+    growth_plan,
+    inner_widths,
+    torch_pruned,
+)
+from autowidth.lab.train import Method, Settings, load_images, probe_batches, train
 from autowidth.policy import Books, Budget, BudgetError, Costs, Never, Situation
 from autowidth.trace import trace
 
@@ -41,6 +54,8 @@ def task(settings: Settings = QUICK, macs: float = 0.5) -> Task:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_ends_at_the_target_and_gives_a_network_that_runs(name: str) -> None:
+    if name == "gromo":
+        pytest.importorskip("gromo")
     finishes = METHODS[name](task())
     assert len(finishes) == ANSWERS.get(name, 1)
     whole = dense_macs(task())
@@ -175,6 +190,116 @@ def test_torch_pruning_meets_the_target_and_leaves_the_network_alone(importance:
     assert 0.3 * whole < count_macs(pruned, DIGIT) <= 0.4 * whole
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert pruned(DIGIT).shape == (2, 10)
+
+
+def probe_loss(network: torch.nn.Module, settings: Settings) -> float:
+    """The mean loss, in evaluation mode, on the images from which GroMo grows."""
+    network.eval()
+    with torch.no_grad():
+        seen = list(islice(iter(probe_batches(load_images(settings), settings.seed)), SEEN))
+        return sum(F.cross_entropy(network(x), y, reduction="sum").item() for x, y in seen) / sum(
+            len(y) for _, y in seen
+        )
+
+
+def test_gromo_grows_the_blocks_that_it_is_told_to_and_the_loss_falls() -> None:
+    pytest.importorskip("gromo")
+    longer = QUICK.model_copy(update={"limit": 600, "epochs": 3, "channels_last": True})
+    images = load_images(longer)
+    plan = growth_plan("resnet14", images, 0.5 * count_macs(build("resnet14", in_channels=1), DIGIT))
+    torch.manual_seed(0)
+    small = growing_network(plan, images, share=0.5, device=torch.device("cpu"))
+    small = train(longer, method=Method(policy=Never()), network=small, images=images).network
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    grown = gromo_grown(small, images, inner=plan.inner, seed=longer.seed)
+    assert inner_widths(small) == [[width] * 2 for width in plan.inner_at(0.5)]
+    assert inner_widths(grown) == [[width] * 2 for width in plan.inner]
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+    assert probe_loss(grown, longer) < probe_loss(small, longer)
+    for name, parameter in grown.named_parameters():
+        assert parameter.requires_grad and parameter.grad is None, name
+    groups = {g.name: g.width for g in trace(grown, DIGIT).groups}
+    assert groups["stages.1.0.first_layer.layer"] == plan.inner[1]
+    again = train(longer, method=Method(policy=Never()), network=grown, images=images)
+    assert again.loss < 1.5 and again.macs == count_macs(grown, DIGIT)
+
+
+def test_gromo_leaves_blocks_alone_that_are_wide_enough() -> None:
+    pytest.importorskip("gromo")
+    images = load_images(QUICK)
+    plan = growth_plan("resnet8", images, 60_000)
+    network = growing_network(plan, images, share=0.5, device=torch.device("cpu"))
+    first, second, third = plan.inner_at(0.5)
+    assert inner_widths(gromo_grown(network, images, inner=(first, second + 2, third), seed=0)) == [
+        [first],
+        [second + 2],
+        [third],
+    ]
+
+
+@pytest.mark.parametrize("model", ["resnet8", "resnet20"])
+def test_the_network_of_gromo_is_ours_as_far_as_it_can_be(model: str) -> None:
+    pytest.importorskip("gromo")
+    images = load_images(QUICK)
+    ours = build(model, in_channels=1)
+    whole = count_macs(ours, DIGIT)
+    plan = growth_plan(model, images, whole)
+    theirs = growing_network(plan, images, share=1.0, device=torch.device("cpu"))
+    assert (plan.stream, plan.inner) == (16, (16, 32, 64))
+    assert count_macs(theirs, DIGIT) == whole
+    values = {name: ours.state_dict()[our_name(name)] for name in theirs.state_dict()}
+    assert {our_name(name) for name in values} == set(ours.state_dict())
+    theirs.load_state_dict(values)
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(theirs.eval()(x), ours.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def our_name(name: str) -> str:
+    """What our ResNet calls a weight of GroMo's."""
+    parts = {"pre_net.0": "stem.conv", "pre_net.1": "stem.norm", "post_net.2": "head.linear"}
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours)
+    # Every second module of a stage is a ReLU; a norm stands in two places under one object.
+    name = re.sub(r"^stages\.(\d)\.(\d)\.", lambda m: f"stages.{m[1]}.{int(m[2]) // 2}.", name)
+    name = re.sub(r"(first|second)_layer\.layer\.", r"\1.conv.", name)
+    name = re.sub(r"(first|second)_layer\.(extended_)?post_layer_function\.(0\.)?", r"\1.norm.", name)
+    return name.replace("downsample.0", "shortcut.conv").replace("downsample.1", "shortcut.norm")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+def test_the_plan_of_growth_meets_its_target(share: float) -> None:
+    pytest.importorskip("gromo")
+    images = load_images(QUICK)
+    target = share * count_macs(build("resnet20", in_channels=1), DIGIT)
+    plan = growth_plan("resnet20", images, target)
+    macs = count_macs(growing_network(plan, images, share=1.0, device=torch.device("cpu")), DIGIT)
+    assert 0.85 * target < macs <= target
+    assert plan.inner[0] == pytest.approx(plan.stream, abs=1)
+
+
+@pytest.mark.parametrize("model", ["vgg8", "densenet22", "resnet8-padding", "torchvision.models:resnet18"])
+def test_gromo_says_which_models_it_grows(model: str) -> None:
+    with pytest.raises(UnfitModelError, match=r"residual networks of basic blocks only, not .*resnet20, resnet32"):
+        growth_plan(model, load_images(QUICK), 1e6)
+
+
+def test_gromo_refuses_a_target_below_one_channel() -> None:
+    pytest.importorskip("gromo")
+    with pytest.raises(BudgetError, match="one channel"):
+        growth_plan("resnet8", load_images(QUICK), 10)
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("gromo", "gromo.containers", "gromo.containers.resnet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PeerError, match=r"pip install 'autowidth\[bench\]'"):
+        growth_plan("resnet8", load_images(QUICK), 1e6)
+
+
+def test_one_epoch_is_too_short_to_grow_in() -> None:
+    pytest.importorskip("gromo")
+    result = METHODS["gromo"](task(QUICK.model_copy(update={"epochs": 1})))[0].result
+    assert result.inserted == 0 and result.widths == result.widths_start
 
 
 def test_ablations_differ_from_the_run_that_they_ablate() -> None:

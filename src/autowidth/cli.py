@@ -33,7 +33,7 @@ from autowidth.lab import train as training
 from autowidth.lab.data import DataError, UnknownDataError
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import UnknownModelError, resolve, spec
-from autowidth.lab.peers import PeerError
+from autowidth.lab.peers import PeerError, UnfitModelError
 from autowidth.policy import Auto, Budget, BudgetError, Policy, Price
 from autowidth.probe import ProbeError
 from autowidth.trace import TraceError, trace
@@ -52,6 +52,7 @@ MISTAKES = (
     suites.UnknownSuiteError,
     UnknownMethodError,
     PeerError,
+    UnfitModelError,
     benches.BenchError,
     benches.UnitError,
     FloatingPointError,
@@ -543,9 +544,9 @@ fidelity: how well ours and the published criteria predict, at 10, 30,
 taking filters away on images that nobody has seen.
 
 digits, mini, cifar10: accuracy, MACs, parameters and seconds of ours,
-its ablations, controls, published methods and Torch-Pruning, after
-the same number of epochs; a minute or two, about two minutes a run
-on one core, and a GPU.
+its ablations, controls, published methods, Torch-Pruning and GroMo,
+after the same number of epochs; a minute or two, about two minutes a
+run on one core, and a GPU.
 
 A unit (one network, one seed, one method) is one JSON file. A suite that was broken
 off, at any point, goes on with the same command.

@@ -19,8 +19,8 @@ from autowidth.lab.baselines import CRITERIA, TRAINING
 from autowidth.lab.baselines.training import TrainingRule
 from autowidth.lab.data import ImageSet
 from autowidth.lab.models import initialise
-from autowidth.lab.peers import torch_pruned
-from autowidth.lab.train import Method, Result, Settings, build_network, train
+from autowidth.lab.peers import gromo_grown, growing_network, growth_plan, inner_widths, torch_pruned
+from autowidth.lab.train import Method, Result, Settings, build_network, find_device, train
 from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
@@ -29,6 +29,9 @@ from autowidth.trace import trace
 
 SECOND_PHASE = 2**16
 """Added to the seed for fine-tuning: its order and augmentation are not those of training once more."""
+
+PHASES = 3
+"""Parts of a run with GroMo, which grows between them; fewer where there are fewer epochs."""
 
 
 class UnknownMethodError(ValueError):
@@ -279,19 +282,67 @@ def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "netwo
         update={"epochs": task.settings.epochs * longer - half.epochs, "seed": half.seed + SECOND_PHASE}
     )
     second = task.trained(settings=rest, method=plainly, network=network)
-    whole = replace(
-        second,
-        seed=half.seed,
-        epochs=half.epochs + rest.epochs,
+    whole = _joined([first, second], review_seconds=pruning)
+    name = _lasting(f"torch-pruning-{importance}-{scope}", longer)
+    return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=whole)]
+
+
+def _joined(results: Sequence[Result], *, review_seconds: float, review_cpu_seconds: float = 0.0) -> Result:
+    """Runs one after the other as one, with what a tool took between them."""
+    first, last = results[0], results[-1]
+    return replace(
+        last,
+        seed=first.seed,
+        epochs=sum(result.epochs for result in results),
         macs_start=first.macs_start,
         params_start=first.params_start,
         widths_start=first.widths_start,
-        seconds=first.seconds + pruning + second.seconds,
-        cpu_seconds=first.cpu_seconds + second.cpu_seconds,
-        review_seconds=pruning,
+        seconds=sum(result.seconds for result in results) + review_seconds,
+        cpu_seconds=sum(result.cpu_seconds for result in results) + review_cpu_seconds,
+        review_seconds=review_seconds,
     )
-    name = _lasting(f"torch-pruning-{importance}-{scope}", longer)
-    return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=whole)]
+
+
+def gromo(task: Task) -> list[Finish]:
+    """GroMo as itself: its ResNet starts with half of its inner widths, and grows between phases of equal length.
+
+    Every phase is a training run by the task's recipe. Before each but the first all blocks grow by the same share,
+    so that the last phase trains a nearly uniform network of the target's MACs; the streams have their final width
+    from the start. Raises UnfitModelError, PeerError and BudgetError as `growth_plan` does.
+    """
+    settings = task.settings
+    plan = growth_plan(settings.model, task.images, task.macs * dense_macs(task))
+    phases = _phases(settings)
+    shares = [1 - (len(phases) - 1 - number) / (2 * max(len(phases) - 1, 1)) for number in range(len(phases))]
+    torch.manual_seed(settings.seed)
+    network = growing_network(plan, task.images, share=shares[0], device=find_device(settings.device))
+    results: list[Result] = []
+    before, growing, worked = _total_inner(network), 0.0, 0.0
+    for phase, share in zip(phases, shares, strict=True):
+        if results:
+            began, busy = time.perf_counter(), time.process_time()
+            network = gromo_grown(results[-1].network, task.images, inner=plan.inner_at(share), seed=phase.seed)
+            growing, worked = growing + time.perf_counter() - began, worked + time.process_time() - busy
+        results.append(task.trained(settings=phase, method=Method(policy=Never()), network=network))
+    added = _total_inner(results[-1].network) - before
+    whole = _joined(results, review_seconds=growing, review_cpu_seconds=worked)
+    whole = replace(whole, inserted=added, inserted_alive=added)
+    return [Finish(method="gromo", policy=f"growing {task.macs:g}", result=whole)]
+
+
+def _phases(settings: Settings) -> list[Settings]:
+    """The settings of every phase: epochs as equal as can be, the last ones longer, and each with a seed of its own."""
+    count = min(PHASES, settings.epochs)
+    return [
+        settings.model_copy(
+            update={"epochs": (settings.epochs + number) // count, "seed": settings.seed + number * SECOND_PHASE}
+        )
+        for number in range(count)
+    ]
+
+
+def _total_inner(network: nn.Module) -> int:
+    return sum(sum(widths) for widths in inner_widths(network))
 
 
 _LAYER_BY_LAYER = (
@@ -335,6 +386,7 @@ METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
     "torch-pruning-magnitude-network": partial(torch_pruning, importance="magnitude", scope="network"),
     "torch-pruning-taylor-network": partial(torch_pruning, importance="taylor", scope="network"),
     "torch-pruning-bn-scale-network": partial(torch_pruning, importance="bn-scale", scope="network"),
+    "gromo": gromo,
     **{
         name: partial(
             one_shot, name=name, criterion=_criterion(name), scope="layer" if name in _LAYER_BY_LAYER else "network"

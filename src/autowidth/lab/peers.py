@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from autowidth.cost import count_macs
+from autowidth.cost import count_macs, macs_cost
 from autowidth.lab.data import ImageSet
+from autowidth.lab.models import initialise, spec
 from autowidth.lab.train import probe_batches
+from autowidth.policy import BudgetError
+from autowidth.trace import trace
 
 STEPS = 400
 """Steps in which Torch-Pruning walks to the target when it ranks the whole network; fine enough to end near it."""
@@ -19,9 +29,22 @@ STEPS = 400
 NARROWEST = 0.9
 """The largest share of a layer's filters that may go when the whole network is ranked."""
 
+SEEN = 4
+"""Probe batches from which GroMo takes its statistics, and on which the length of its step is searched."""
+
+SCALES = tuple(2 ** (-number / 2) for number in range(-2, 9))
+"""The lengths that are tried for a step of GroMo, its own scaling factor: 2 down to 1/16."""
+
 
 class PeerError(ImportError):
     """A tool that is not installed."""
+
+
+class UnfitModelError(ValueError):
+    """A model that a tool cannot work on."""
+
+
+# ---- Torch-Pruning ---------------------------------------------------------------------------------------------------
 
 
 def torch_pruned(
@@ -82,3 +105,166 @@ def _put_gradients(network: nn.Module, images: ImageSet, seed: int) -> None:
         F.cross_entropy(network(x), y).backward()
         if number == 1:
             return
+
+
+# ---- GroMo -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthPlan:
+    """What GroMo is to end with: `blocks` per stage, `stream` channels in the first stage (2 and 4 times as many in
+    the others), and the inner width of the blocks of each of the three stages."""
+
+    blocks: int
+    stream: int
+    inner: tuple[int, ...]
+
+    def inner_at(self, share: float) -> tuple[int, ...]:
+        """The inner widths times the share, rounded, at least 1."""
+        return tuple(max(1, round(width * share)) for width in self.inner)
+
+
+def growth_plan(model: str, images: ImageSet, macs: float) -> GrowthPlan:
+    """The residual network of at most so many MACs that GroMo can grow into and that is most nearly uniform.
+
+    Its streams are in the ratio 1 : 2 : 4, because GroMo builds no others; the inner widths, in the same ratio up to
+    rounding, take what the streams leave of the target. Raises UnfitModelError for a model that is no resnetN with
+    projection shortcuts, BudgetError for a target below one channel, PeerError where the tool is not installed.
+    """
+    plan = GrowthPlan(blocks=_blocks_per_stage(model), stream=16, inner=(16, 32, 64))
+    channel_map = trace(_residual(plan, images, plan.inner, "cpu"), torch.zeros(2, *images.image_shape))
+    cost, widths = macs_cost(channel_map), channel_map.widths
+
+    def fits(stream: int, inner: float) -> bool:
+        """Whether a network with these widths in its first stage costs no more than the target."""
+        found = {n: math.floor(w // 16 * inner) if "first_layer" in n else w // 16 * stream for n, w in widths.items()}
+        return cost.at(found) <= macs
+
+    if not fits(1, 1):
+        raise BudgetError(f"{model} of one channel already has more than {macs:.0f} MACs")
+    stream = next(n for n in itertools.count(1) if not fits(n + 1, n + 1))
+    pairs = [(n, _widest(partial(fits, n))) for n in (stream, stream + 1) if fits(n, 1)]
+    stream, inner = min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0])))
+    return GrowthPlan(blocks=plan.blocks, stream=stream, inner=tuple(math.floor(times * inner) for times in (1, 2, 4)))
+
+
+def _widest(fits: Callable[[float], bool]) -> float:
+    """The largest width, at least 1 and in quarters, that fits: four times as many stand in the last stage."""
+    return next(n for n in itertools.count(4) if not fits((n + 1) / 4)) / 4
+
+
+def _blocks_per_stage(model: str) -> int:
+    match = re.fullmatch(r"resnet(\d+)", model)
+    if match is None:
+        raise UnfitModelError(
+            f"gromo grows residual networks of basic blocks only, not {model}; models that work: resnet20, resnet32, "
+            "resnet56, resnet110 and every other resnetN with N = 6n+2, without -padding"
+        )
+    spec(model)  # refuses other depths
+    return (int(match[1]) - 2) // 6
+
+
+def growing_network(plan: GrowthPlan, images: ImageSet, *, share: float, device: torch.device) -> nn.Module:
+    """GroMo's ResNet with this share of the plan's inner widths, its weights drawn from the global generator.
+
+    Its layers are those of our ResNet with projection shortcuts, for small images: a 3x3 stem with norm and ReLU,
+    blocks of two 3x3 convolutions whose ReLU comes after the addition, 1x1 shortcuts with norm where the stride is 2,
+    average pooling, one linear layer. The initialisation is ours as well. What differs: between the convolutions of
+    a block stands a dropout of rate 0, and streams keep the ratio 1 : 2 : 4. (N, C, H, W) -> (N, classes). Raises
+    PeerError where the tool is not installed.
+    """
+    network = _residual(plan, images, plan.inner_at(share), device)
+    initialise(network)
+    return network
+
+
+def _residual(plan: GrowthPlan, images: ImageSet, inner: Sequence[int], device: torch.device | str) -> nn.Module:
+    try:
+        from gromo.containers.resnet import init_full_resnet_structure
+    except ImportError as error:
+        raise PeerError("GroMo is not installed: pip install 'autowidth[bench]', with Python 3.11 or newer") from error
+    network: nn.Module = init_full_resnet_structure(
+        input_shape=images.image_shape, out_features=len(images.classes), device=torch.device(device),
+        hidden_channels=tuple(inner), number_of_blocks_per_stage=plan.blocks, nb_stages=len(inner),
+        inplanes=plan.stream, small_inputs=True, skip_first_downsample=False, use_preactivation=False,
+    )  # fmt: skip
+    return network
+
+
+def inner_widths(network: nn.Module) -> list[list[int]]:
+    """The inner width of every block of GroMo's ResNet, stage by stage."""
+    return [[block.hidden_neurons for block in blocks] for blocks in _blocks(network)]
+
+
+def _blocks(network: nn.Module) -> list[list[Any]]:
+    stages: Any = network.stages
+    return [[block for block in stage if hasattr(block, "second_layer")] for stage in stages]
+
+
+def gromo_grown(network: nn.Module, images: ImageSet, *, inner: Sequence[int], seed: int) -> nn.Module:
+    """GroMo's ResNet, its blocks grown to the inner width of their stage; the one that is passed stays as it is.
+
+    One growth step of GroMo for all blocks at once: its statistics over probe batches, its optimal updates (the best
+    change of the weights that are there, and the best new neurons) with the normalisation that it has by default, its
+    change, at the scaling factor of those in `SCALES` that leaves the least loss on the same batches. Where it finds
+    fewer directions than neurons are wanted, fewer are added. Its norms start the new neurons with mean 0 and variance
+    1: what was measured is what the network computes in evaluation mode, in training mode batches scale them at once.
+    """
+    grown: Any = copy.deepcopy(network)
+    on_device = images.to(next(network.parameters()).device)
+    batches = list(itertools.islice(iter(probe_batches(on_device, seed)), SEEN))
+    wanted = [width for width, blocks in zip(inner, _blocks(grown), strict=True) for _ in blocks]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"gromo\.")  # its solvers tell when they fall back on another
+        missing = [width - block.hidden_neurons for width, block in zip(wanted, _flat(grown), strict=True)]
+        grown.set_growing_layers("all")
+        _find_updates(grown, batches, most=max(missing))
+        for block, count in zip(_flat(grown), missing, strict=True):
+            _keep(block, count)
+        grown.set_scaling_factor(_best_scale(grown, batches))
+        for block in _flat(grown):
+            if block.eigenvalues_extension is not None:
+                block.apply_change()
+            block.delete_update()
+            block.first_layer.delete_update()
+    for parameter in grown.parameters():
+        parameter.grad = None
+    return grown  # type: ignore[no-any-return]
+
+
+def _flat(network: nn.Module) -> list[Any]:
+    return [block for blocks in _blocks(network) for block in blocks]
+
+
+def _find_updates(network: Any, batches: Sequence[tuple[Tensor, Tensor]], most: int) -> None:
+    """Leaves the optimal updates on the network, at most so many new neurons for every block."""
+    network.init_computation()
+    network.eval()
+    for x, y in batches:
+        network.zero_grad()
+        F.cross_entropy(network(x), y, reduction="sum").backward()
+        network.update_computation()
+    network.compute_optimal_updates(maximum_added_neurons=most, statistical_threshold=0.0)
+    network.reset_computation()
+
+
+def _keep(block: Any, count: int) -> None:
+    """Keeps the first `count` of the new neurons, which are the best, and brings the update to its usual size."""
+    found = block.eigenvalues_extension
+    if count < 1 or found is None or not len(found):
+        block.delete_update()
+        return
+    block.sub_select_optimal_added_parameters(keep_neurons=min(count, len(found)))
+    block.normalize_optimal_updates()
+
+
+@torch.no_grad()
+def _best_scale(network: Any, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The scaling factor that leaves the least loss on these batches."""
+
+    def loss(scale: float) -> float:
+        network.set_scaling_factor(scale)
+        total = sum(F.cross_entropy(network.extended_forward(x), y, reduction="sum").item() for x, y in batches)
+        return total if math.isfinite(total) else math.inf
+
+    return min(SCALES, key=loss)

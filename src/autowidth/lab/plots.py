@@ -118,7 +118,7 @@ def _colour(method: str) -> str:
         return OURS
     if method in CONTROLS:
         return CONTROL
-    return PEER if method.startswith("torch-pruning") else OTHER
+    return PEER if method.startswith(("torch-pruning", "gromo")) else OTHER
 
 
 def _name(method: str, policy: str, start: float) -> str:
