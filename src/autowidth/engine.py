@@ -537,8 +537,9 @@ def settled_norms(
         for norm, training in zip(norms, modes, strict=True):
             norm.training = training
         yield
-        settled = [(b, b.clone()) for norm in norms for b in norm.buffers() if b is not norm.num_batches_tracked]
-    for buffer, content in settled if keep else ():
+        kept = norms if keep else []
+        settled = [(b, b.clone()) for norm in kept for b in norm.buffers() if b is not norm.num_batches_tracked]
+    for buffer, content in settled:
         buffer.copy_(content)
 
 

@@ -227,13 +227,10 @@ class History:
         Its inserted slots are the channels that were inserted and are still alive. Raises ValueError as `replay` does
         for a map that does not fit.
         """
-        composed = {group: IndexMap.identity(width) for group, width in self._widths_start.items()}
-        for event in self._events:
-            for group, index_map in event.maps.items():
-                if group not in composed:
-                    raise ValueError(f"step {event.step}: {group!r} is no channel group of the starting network")
-                composed[group] = composed[group].then(index_map)
-        return composed
+        return {
+            group: IndexMap(tuple(max(origin, FRESH) for origin in origins), self._widths_start[group])
+            for group, origins in self._origins().items()
+        }
 
     def survivors(self) -> tuple[dict[str, int], ...]:
         """For each event: channel group name -> how many of the fresh channels that came then are still there.
@@ -241,16 +238,23 @@ class History:
         Groups without a fresh channel are left out; a map that repeats one makes two of it. Raises ValueError for a
         map that does not fit its group.
         """
-        born: dict[str, list[int]] = {group: [-1] * width for group, width in self._widths_start.items()}
-        for number, event in enumerate(self._events):
-            for group, index_map in event.maps.items():
-                if len(born.get(group, ())) != index_map.size:
-                    raise ValueError(f"step {event.step}: the map of {group!r} does not fit the group")
-                born[group] = [number if s == FRESH else born[group][s] for s in index_map.source]
+        origins = self._origins()
         return tuple(
-            {group: born[group].count(number) for group, count in event.inserted.items() if count}
+            {group: origins[group].count(FRESH - number) for group, count in event.inserted.items() if count}
             for number, event in enumerate(self._events)
         )
+
+    def _origins(self) -> dict[str, list[int]]:
+        """Channel group name -> for each channel now the one it was at the start, or FRESH - n: it came at event n."""
+        origins = {group: list(range(width)) for group, width in self._widths_start.items()}
+        for number, event in enumerate(self._events):
+            for group, index_map in event.maps.items():
+                if group not in origins:
+                    raise ValueError(f"step {event.step}: {group!r} is no channel group of the starting network")
+                if len(origins[group]) != index_map.size:
+                    raise ValueError(f"step {event.step}: the map of {group!r} does not fit the group")
+                origins[group] = [FRESH - number if s == FRESH else origins[group][s] for s in index_map.source]
+        return origins
 
     def digest(self) -> list[dict[str, object]]:
         """A record for each review that JSON can hold: the losses, the price, who left, who came and who stayed.

@@ -85,9 +85,8 @@ class OneShot:
 
     def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
         """Raises BudgetError for a target above the start or below what minimum widths cost."""
-        least = costs.macs.at({name: min(width, self.min_width) for name, width in widths.items()}) / costs.macs.at(
-            widths
-        )
+        narrowest = {name: min(width, self.min_width) for name, width in widths.items()}
+        least = costs.macs.at(narrowest) / costs.macs.at(widths)
         if not least <= self.macs <= 1:
             raise BudgetError(f"one-shot pruning to macs={self.macs:g} is impossible: allowed are {least:.3g} to 1")
 
@@ -190,16 +189,16 @@ def ours(
     policy = replace(task.settings.budget or Budget(), macs=_of_start(task), **budget)
     said = f"budget {task.macs:g}"
     found = task.trained(settings=settings, method=replace(method or Method(), policy=policy))
-    finishes = [Finish(method=_lasting(name, longer), policy=said, result=found)]
+    finishes = [Finish(method=_named(name, longer), policy=said, result=found)]
     if retrained:
         again = task.trained(
             settings=settings, method=Method(policy=Never()), network=fresh_network(task, lambda _: found.widths)
         )
-        finishes.append(Finish(method=_lasting("retrained", longer), policy=said, result=again))
+        finishes.append(Finish(method=_named("retrained", longer), policy=said, result=again))
     return finishes
 
 
-def _lasting(name: str, longer: int) -> str:
+def _named(name: str, longer: int) -> str:
     """The name of a method that takes so many times the epochs."""
     return name if longer == 1 else f"{name}-x{longer}"
 
@@ -241,7 +240,7 @@ def uniform(task: Task, *, longer: int = 1) -> list[Finish]:
     found = task.trained(
         settings=task.lasting(longer), method=Method(policy=Never()), network=fresh_network(task, narrowed)
     )
-    return [Finish(method=_lasting("uniform", longer), policy=f"uniform {task.macs:g}", result=found)]
+    return [Finish(method=_named("uniform", longer), policy=f"uniform {task.macs:g}", result=found)]
 
 
 # ---- published methods and peers -------------------------------------------------------------------------------------
@@ -270,7 +269,7 @@ def _rule(name: str, task: Task, target: float) -> TrainingRule:
 
 def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "network"], longer: int = 1) -> list[Finish]:
     """Torch-Pruning as itself: half of the epochs (times `longer`), its pruner, the other half."""
-    half = task.settings.model_copy(update={"epochs": task.settings.epochs * longer // 2})
+    half, rest = _phases(task.lasting(longer), 2)
     plainly = Method(policy=Never())
     first = task.trained(settings=half, method=plainly)
     began = time.perf_counter()
@@ -278,12 +277,9 @@ def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "netwo
         first.network, task.images, importance=importance, scope=scope, macs=_of_start(task), seed=half.seed
     )
     pruning = time.perf_counter() - began
-    rest = half.model_copy(
-        update={"epochs": task.settings.epochs * longer - half.epochs, "seed": half.seed + SECOND_PHASE}
-    )
     second = task.trained(settings=rest, method=plainly, network=network)
     whole = _joined([first, second], review_seconds=pruning)
-    name = _lasting(f"torch-pruning-{importance}-{scope}", longer)
+    name = _named(f"torch-pruning-{importance}-{scope}", longer)
     return [Finish(method=name, policy=f"one-shot {task.macs:g}", result=whole)]
 
 
@@ -312,7 +308,7 @@ def gromo(task: Task) -> list[Finish]:
     """
     settings = task.settings
     plan = growth_plan(settings.model, task.images, task.macs * dense_macs(task))
-    phases = _phases(settings)
+    phases = _phases(settings, min(PHASES, settings.epochs))
     shares = [1 - (len(phases) - 1 - number) / (2 * max(len(phases) - 1, 1)) for number in range(len(phases))]
     torch.manual_seed(settings.seed)
     network = growing_network(plan, task.images, share=shares[0], device=find_device(settings.device))
@@ -330,9 +326,8 @@ def gromo(task: Task) -> list[Finish]:
     return [Finish(method="gromo", policy=f"growing {task.macs:g}", result=whole)]
 
 
-def _phases(settings: Settings) -> list[Settings]:
+def _phases(settings: Settings, count: int) -> list[Settings]:
     """The settings of every phase: epochs as equal as can be, the last ones longer, and each with a seed of its own."""
-    count = min(PHASES, settings.epochs)
     return [
         settings.model_copy(
             update={"epochs": (settings.epochs + number) // count, "seed": settings.seed + number * SECOND_PHASE}
