@@ -494,11 +494,23 @@ def test_a_shrunk_decision_keeps_to_multiples() -> None:
     assert shrunk(Decision(plan={"b": plan["b"]}, multiple=8), worths).plan == {}
 
 
-def test_what_a_budget_bears_grows_with_what_was_announced_and_is_unlimited_at_the_end() -> None:
-    budget = Budget(tolerance=0.25)
-    assert budget.bearable(Decision(plan={}, announced=0.5), last=False) == 1.25
-    assert budget.bearable(Decision(plan={}), last=False) == 0.25
-    assert budget.bearable(Decision(plan={}, announced=0.5), last=True) == math.inf
+@settings(max_examples=30)
+@given(chain=chains(least=8, most=40), macs=st.floats(0.2, 0.8), fidelity=st.none() | st.floats(-1, 1))
+def test_what_a_plan_may_cost_grows_with_what_was_announced_is_halved_in_doubt_and_unlimited_at_the_end(
+    chain: tuple[Cost, dict[str, int]], macs: float, fidelity: float | None
+) -> None:
+    cost, start = chain
+    assume(feasible(cost, start, macs))
+    policy = Budget(macs=macs, tolerance=0.25)
+    *early, last = simulate(policy, cost, start, lognormal(0), fidelity=fidelity)
+    doubted = fidelity is not None and fidelity < policy.doubt
+    for review in early:
+        assert review.decision.announced is not None
+        whole = 2 * review.decision.announced + 0.25
+        assert review.decision.bearable == (whole / 2 if doubted else whole)
+        said = any("the plan may cost only half as much" in note for note in review.decision.notes)
+        assert said == doubted
+    assert last.decision.bearable == math.inf and not last.decision.notes
 
 
 @pytest.mark.parametrize("wrong", [{"tolerance": -0.1}, {"diminishing": -1.0}])
@@ -560,36 +572,25 @@ def test_no_review_but_the_last_moves_more_than_it_may(
 
 
 @settings(max_examples=30)
-@given(chain=chains(least=8, most=40), macs=st.floats(0.2, 0.8), fidelity=st.floats(-1, 1))
-def test_where_worths_are_doubted_less_is_removed_and_the_last_review_makes_up_for_it(
-    chain: tuple[Cost, dict[str, int]], macs: float, fidelity: float
+@given(chain=chains(least=8, most=40), loss=st.floats(0.3, 3.0), pace=st.floats(0.05, 1.0), most=st.floats(0.05, 0.9))
+def test_the_last_review_of_a_price_goes_the_whole_way_that_is_left(
+    chain: tuple[Cost, dict[str, int]], loss: float, pace: float, most: float
 ) -> None:
+    """Down to where the loss says, by `max_move` at most; up it goes no further: newborns could not be judged."""
     cost, start = chain
-    assume(feasible(cost, start, macs))
-    policy = Budget(macs=macs, offer=0.0, count=4, max_move=1.0)
-    trusting = simulate(policy, cost, start, lognormal(0))
-    run = simulate(policy, cost, start, lognormal(0), fidelity=fidelity)
-    if fidelity >= policy.doubt:
-        assert run[-1].widths == trusting[-1].widths
-        assert not any(review.decision.notes for review in run)
-        return
-    first, told = run[0], trusting[0].decision.target_macs
-    assert first.decision.target_macs == pytest.approx(math.sqrt(told * cost.at(start)), abs=1)
-    assert all(f"Spearman of {fidelity:.2f}, below 0.2:" in review.decision.notes[0] for review in run[:-1])
-    assert not run[-1].decision.notes and run[-1].cost <= macs * cost.at(start)
+    policy = Price(count=3, pace=pace, max_move=most, offer=0.0)
+    *_, last = simulate(policy, cost, start, lognormal(1), loss=lambda widths: loss)
+    now, aim = cost.at(last.before), policy.justified(last.situation, loss)
+    assert last.decision.target_macs == pytest.approx(min(max(aim, (1 - most) * now), now), abs=1)
 
 
-def test_a_price_that_is_doubted_moves_half_as_far() -> None:
+def test_a_review_before_the_last_goes_its_share_of_the_way() -> None:
     cost, start = chain_cost([32] * 3, [9] * 4), {f"g{g}": 32 for g in range(3)}
-    policy = Price(count=4, offer=0.0)
-
-    def target(fidelity: float | None) -> float:
-        (first, *_) = simulate(policy, cost, start, lognormal(1), loss=lambda w: 0.5, fidelity=fidelity)
-        assert first.decision.target_macs is not None
-        return first.decision.target_macs / cost.at(start)
-
-    assert target(None) == target(0.9) < 1
-    assert target(0.0) == pytest.approx(math.sqrt(target(0.9)), rel=1e-4)
+    policy = Price(count=4, offer=0.0, max_move=0.9, pace=0.3)
+    first, _, third, last = simulate(policy, cost, start, lognormal(1), loss=lambda widths: 0.5)
+    for review, share in ((first, 0.3), (third, 0.5), (last, 1.0)):
+        now, aim = cost.at(review.before), policy.justified(review.situation, 0.5)
+        assert review.decision.target_macs == pytest.approx(now * (aim / now) ** share, abs=1)
 
 
 @settings(max_examples=30)

@@ -364,13 +364,11 @@ class AutoWidth:
         measured = self._change_by(decision.plan, found, view)
         if not decision.plan:
             return decision, measured
-        bearable = self.policy.bearable(decision, last=self.steps >= max(self._review_steps))
-        if measured is None or measured <= bearable:
+        if measured is None or measured <= decision.bearable:
             return decision, measured
         lesser = shrunk(decision, {name: tuple(worth.tolist()) for name, worth in found.worths.items()})
-        note = (
-            f"the plan would have cost {measured:.3g} nats, more than the bearable {bearable:.3g}: half of it was made"
-        )
+        cost = f"{measured:.3g} nats, more than the bearable {decision.bearable:.3g}"
+        note = f"the plan would have cost {cost}: half of it was made"
         return replace(lesser, notes=(*lesser.notes, note)), self._change_by(lesser.plan, found, view)
 
     def _audit(

@@ -94,7 +94,8 @@ class Decision:
     price: nats per MAC at the margin, of the dearest filter removed; announced: the sum of the removed filters' worths
     and of what they cost beyond that together, nats per sample. A negative worth counts for nothing there: what single
     filters promise does not add up, since the most promising are picked (docs/decisions/004). multiple: of what the
-    widths that change are multiples.
+    widths that change are multiples. bearable: the rise of the loss, nats per sample, above which only half of the
+    decision is carried out.
     """
 
     plan: Mapping[str, IndexMap]
@@ -102,6 +103,7 @@ class Decision:
     price: float | None = None
     announced: float | None = None
     multiple: int = 1
+    bearable: float = math.inf
     notes: tuple[str, ...] = ()
 
 
@@ -123,9 +125,6 @@ class Policy(Protocol):
     def decide(self, situation: Situation) -> Decision:
         """The resizes to make now."""
 
-    def bearable(self, decision: Decision, *, last: bool) -> float:
-        """The rise of the loss, nats per sample, above which only half of the decision is carried out."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Never:
@@ -144,10 +143,6 @@ class Never:
     def decide(self, situation: Situation) -> Decision:
         """An empty plan."""
         return Decision(plan={})
-
-    def bearable(self, decision: Decision, *, last: bool) -> float:
-        """Nothing is decided, so nothing has to be borne."""
-        return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,11 +165,11 @@ class Editing:
     multiple: widths that change become multiples of this; groups that are narrower than it stay.
     protect: patterns of names (as in `stem.*`) of groups that keep their widths. One that matches nothing is an error.
     max_move: the largest share of the present cost that one review may remove; the last review of a budget may more.
-    doubt: where the worths ranked the filters of the last audits worse than this (Spearman), a review moves the cost
-        only half as far and says so; what is left is made up for at later reviews. The last review always meets a
-        budget. -1: never.
     tolerance: a plan that turns out to cost this many nats (the unit of the loss) more than twice what was announced is
         carried out by half; what is left is made up for at later reviews. The last review always meets a budget.
+    doubt: where the worths ranked the filters of the last audits worse than this (Spearman), a plan may cost only half
+        of that, and the review says so. Where filters cost next to nothing, as in a network that is far too wide,
+        their order hardly matters, and nothing is held up (docs/decisions/011). -1: never.
     """
 
     count: int = 8
@@ -189,8 +184,8 @@ class Editing:
     multiple: int = 1
     protect: tuple[str, ...] = ()
     max_move: float = 0.5
-    doubt: float = 0.2
     tolerance: float = 0.1
+    doubt: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin < self.end <= 1:
@@ -240,18 +235,16 @@ class Editing:
         number = sum(step <= situation.step for step in steps)
         return number, len(steps), self.offer > 0 and number <= len(steps) - max(self.grace, 1)
 
-    def doubts(self, situation: Situation) -> tuple[str, ...]:
-        """Why a review moves only half as far; empty where the worths are trusted."""
+    def guarded(self, decision: Decision, situation: Situation) -> Decision:
+        """The decision with what it may cost: twice what was announced and the tolerance; half of it in doubt."""
+        bearable = 2 * (decision.announced or 0.0) + self.tolerance
         if situation.fidelity is None or situation.fidelity >= self.doubt:
-            return ()
-        return (
+            return replace(decision, bearable=bearable)
+        note = (
             f"the last audits ranked filters with a Spearman of {situation.fidelity:.2f}, below {self.doubt:g}: "
-            "half the way was gone",
+            "the plan may cost only half as much"
         )
-
-    def bearable(self, decision: Decision, *, last: bool) -> float:
-        """Twice what was announced and the tolerance."""
-        return 2 * (decision.announced or 0.0) + self.tolerance
+        return replace(decision, bearable=bearable / 2, notes=(note, *decision.notes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,22 +338,11 @@ class Budget(Editing):
         last_offer = reviews - max(self.grace, 1)  # a network that grows must have arrived when offers end
         way = number / reviews if share <= 1 else min(number / max(last_offer, 1), 1.0)
         market = _Market.opened(situation, self, cost, share * full)
-        target = full * share**way
-        notes: tuple[str, ...] = ()
-        if number < reviews:
-            now, notes = cost.at(market.widths), self.doubts(situation)
-            target = max(target, (1 - self.max_move) * now)
-            target = math.sqrt(target * now) if notes else target
-        decision = market.deal(
-            target,
-            self.offer * min(full, cost.at(market.widths)) if offering else 0.0,
-            exactly=number == reviews,
-        )
-        return replace(decision, notes=notes)
-
-    def bearable(self, decision: Decision, *, last: bool) -> float:
-        """Twice what was announced and the tolerance; anything at the last review."""
-        return math.inf if last else Editing.bearable(self, decision, last=last)
+        now, target = cost.at(market.widths), full * share**way
+        if number == reviews:
+            return market.deal(target, 0.0, exactly=True)
+        offered = self.offer * min(full, now) if offering else 0.0
+        return self.guarded(market.deal(max(target, (1 - self.max_move) * now), offered), situation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +356,8 @@ class Price(Editing):
 
     nats_per_model: what the whole compute of the starting network costs, nats per sample.
     exponent: of the power law; measured on held-out images (docs/decisions/009).
-    pace: how fast: the share of ln(MACs) still to go that one review goes, within `max_move` both ways.
+    pace: how fast: the share of ln(MACs) still to go that one review goes, within `max_move` both ways; the last
+        review goes the whole way that is left.
     """
 
     max_move: float = 0.35
@@ -404,14 +387,14 @@ class Price(Editing):
         if situation.loss is None or not situation.loss > 0:
             return Decision(plan={}, notes=(f"a loss of {situation.loss} says nothing about size: nothing was done",))
         aim = self.justified(situation, situation.loss)
-        _, _, offering = self.standing(situation)
-        doubts = self.doubts(situation)
+        number, reviews, offering = self.standing(situation)
+        pace = max(self.pace, 1 / (reviews - number + 1))
         most = -math.log(max(1 - self.max_move, 1e-9))
-        move = min(max(self.pace * math.log(aim / now), -most), most if offering else 0.0)  # who grows must be judged
+        move = min(max(pace * math.log(aim / now), -most), most if offering else 0.0)  # who grows must be judged
         market = _Market.opened(situation, self, situation.costs.macs, now)
-        decision = market.deal(now * math.exp(move / 2 if doubts else move), self.offer * now if offering else 0.0)
+        decision = market.deal(now * math.exp(move), self.offer * now if offering else 0.0)
         note = f"a loss of {situation.loss:.3g} justifies {aim:.3g} MACs, and {now:.3g} were there"
-        return replace(decision, notes=(*doubts, note))
+        return self.guarded(replace(decision, notes=(note,)), situation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,10 +120,6 @@ class OneShot:
             left[name] = max(left[name] - 1, min(self.min_width, left[name]))
         return left
 
-    def bearable(self, decision: Decision, *, last: bool) -> float:
-        """Anything: a published method does not look at what it does."""
-        return math.inf
-
 
 def uniform_widths(macs: CostOfWidths, widths: Mapping[str, int], target: float, min_width: int = 1) -> dict[str, int]:
     """The widths of a uniformly narrowed (or widened) network that costs as much as fits under the target."""
