@@ -502,15 +502,31 @@ def test_what_a_plan_may_cost_grows_with_what_was_announced_is_halved_in_doubt_a
     cost, start = chain
     assume(feasible(cost, start, macs))
     policy = Budget(macs=macs, tolerance=0.25)
-    *early, last = simulate(policy, cost, start, lognormal(0), fidelity=fidelity)
+    trusting = simulate(policy, cost, start, lognormal(0))
+    *early, last = run = simulate(policy, cost, start, lognormal(0), fidelity=fidelity)
+    assert [review.decision.plan for review in run] == [review.decision.plan for review in trusting]
     doubted = fidelity is not None and fidelity < policy.doubt
     for review in early:
         assert review.decision.announced is not None
         whole = 2 * review.decision.announced + 0.25
         assert review.decision.bearable == (whole / 2 if doubted else whole)
-        said = any("the plan may cost only half as much" in note for note in review.decision.notes)
-        assert said == doubted
+        assert bool(review.decision.notes) == doubted
+        assert all(f"Spearman of {fidelity:.2f}, below 0.2:" in note for note in review.decision.notes)
     assert last.decision.bearable == math.inf and not last.decision.notes
+    assert last.cost <= macs * cost.at(start)
+
+
+def test_a_price_that_is_doubted_may_cost_half_as_much_at_every_review() -> None:
+    cost, start = chain_cost([32] * 3, [9] * 4), {f"g{g}": 32 for g in range(3)}
+    policy = Price(count=4, offer=0.0)
+    trusted, doubted = (
+        simulate(policy, cost, start, lognormal(1), loss=lambda widths: 0.5, fidelity=f) for f in (0.9, 0.0)
+    )
+    for before, after in zip(trusted, doubted, strict=True):
+        assert after.decision.plan == before.decision.plan
+        assert after.decision.bearable == before.decision.bearable / 2
+        assert len(before.decision.notes) == 1 and after.decision.notes[1:] == before.decision.notes
+        assert "Spearman of 0.00, below 0.2:" in after.decision.notes[0]
 
 
 @pytest.mark.parametrize("wrong", [{"tolerance": -0.1}, {"diminishing": -1.0}])

@@ -362,9 +362,7 @@ class AutoWidth:
     def _affordable(self, decision: Decision, found: _Judgement, view: _View) -> tuple[Decision, float | None]:
         """The decision and its measured loss change; with a shrunk plan where that exceeds what the policy bears."""
         measured = self._change_by(decision.plan, found, view)
-        if not decision.plan:
-            return decision, measured
-        if measured is None or measured <= decision.bearable:
+        if not decision.plan or measured is None or measured <= decision.bearable:
             return decision, measured
         lesser = shrunk(decision, {name: tuple(worth.tolist()) for name, worth in found.worths.items()})
         cost = f"{measured:.3g} nats, more than the bearable {decision.bearable:.3g}"

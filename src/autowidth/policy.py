@@ -356,8 +356,8 @@ class Price(Editing):
 
     nats_per_model: what the whole compute of the starting network costs, nats per sample.
     exponent: of the power law; measured on held-out images (docs/decisions/009).
-    pace: how fast: the share of ln(MACs) still to go that one review goes, within `max_move` both ways; the last
-        review goes the whole way that is left.
+    pace: how fast: the share of ln(MACs) still to go that one review goes, within `max_move` both ways. A
+        review goes its equal part of what is left at least, so that the last one goes all of it.
     """
 
     max_move: float = 0.35
