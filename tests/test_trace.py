@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autowidth.channels import ChannelGroup, ChannelMap, IndexMap, ResizePlan
 from autowidth.engine import resize_
+from autowidth.errors import AutoWidthError
 from autowidth.lab import models
 from autowidth.surgery import apply_
 from autowidth.trace import TraceError, trace
@@ -493,10 +494,11 @@ def test_groups_can_be_resized_one_at_a_time(name: str) -> None:
         ({"y": torch.zeros(2, 3, 8, 8)}, "does not run"),
     ],
 )
-def test_wrong_inputs_are_told_in_one_sentence(inputs: Any, words: str) -> None:
+def test_wrong_inputs_are_refused_in_one_sentence(inputs: Any, words: str) -> None:
     with pytest.raises(TraceError, match=words) as caught:
         trace(example("Plain").model, inputs)
     assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, AutoWidthError) and isinstance(caught.value, ValueError)
 
 
 def test_model_without_parameters_is_refused() -> None:
