@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,9 +20,23 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from autowidth import surgery
 from autowidth.channels import FRESH, ChannelGroup, ChannelMap, IndexMap, ParamAxis, Place, ResizePlan, Role
-from autowidth.surgery import OPTIMIZER_STATE, StaleMapError, UnsupportedOptimizerError, apply_
+from autowidth.errors import AutoWidthError
+from autowidth.surgery import (
+    OPTIMIZER_STATE,
+    Journal,
+    StaleMapError,
+    SurgeryError,
+    UnsupportedOptimizerError,
+    apply_,
+    changes,
+    check_optimizers,
+    checks,
+    edits,
+    holders,
+)
+from autowidth.surgery import attributes as attribute_rules
+from autowidth.surgery import contents as tensor_contents
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -619,7 +634,7 @@ def test_large_weights_are_resized_like_small_ones(monkeypatch: pytest.MonkeyPat
     plan = {"a": IndexMap.removing([2], 6).inserting(3), "b": IndexMap.removing([0], 5).inserting(1)}
     whole, blocks = copy.deepcopy(net.model), copy.deepcopy(net.model)
     apply_(whole, net.map, plan, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("autowidth.surgery._BLOCK", 20)
+    monkeypatch.setattr("autowidth.surgery.contents._BLOCK", 20)
     apply_(blocks, net.map, plan, generator=torch.Generator().manual_seed(0))
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(blocks.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
@@ -944,9 +959,10 @@ class InjectedError(Exception):
     pass
 
 
-def faults(monkeypatch: pytest.MonkeyPatch, where: str, k: int, torn: bool) -> list[int]:
-    """Lets the k-th call of `where` fail, before it did anything or after the tensor was emptied."""
-    real, calls = getattr(surgery, where), [0]
+def faults(monkeypatch: pytest.MonkeyPatch, k: int, torn: bool) -> list[int]:
+    """Lets the k-th write fail: before it did anything or, if torn, after the tensor was emptied."""
+    owner, name = (changes, "set_data") if torn else (Journal, "perform")
+    real, calls = getattr(owner, name), [0]
 
     def faulty(*args: object) -> None:
         calls[0] += 1
@@ -957,7 +973,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, where: str, k: int, torn: bool) -> l
             args[0].grad = None  # type: ignore[attr-defined]
         raise InjectedError
 
-    monkeypatch.setattr(surgery, where, faulty)
+    monkeypatch.setattr(owner, name, faulty)
     return calls
 
 
@@ -976,7 +992,7 @@ def test_fault_at_any_write_leaves_everything_as_it_was(
     looks, random_state = attributes(net.model) + attributes(ema), generator.get_state()
     for k in range(1, 1000):
         with monkeypatch.context() as patched:
-            calls = faults(patched, "_set_data" if torn else "_perform", k, torn)
+            calls = faults(patched, k, torn)
             writes = 0
             try:
                 apply_(net.model, net.map, wild_plan(net), optimizers=[optimizer], followers=[ema], generator=generator)
@@ -1001,7 +1017,7 @@ def test_failing_attribute_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> dict[str, object]:
         raise InjectedError
 
-    monkeypatch.setitem(surgery._ATTRIBUTES, nn.Linear, broken)
+    monkeypatch.setitem(attribute_rules.ATTRIBUTES, nn.Linear, broken)
     with pytest.raises(InjectedError):
         apply_(net.model, net.map, wild_plan(net))
     assert_same(before, contents(net.model))
@@ -1012,14 +1028,14 @@ def test_failing_attribute_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_journal_saves_no_more_than_what_is_removed(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     net = build(4, 5)
     saved: list[tuple[int, int]] = []
-    real = surgery._perform
+    real = Journal.perform
 
-    def watched(change: object, journal: list[object]) -> None:
-        if isinstance(change, surgery._TensorChange):
+    def watched(journal: Journal, change: object) -> None:
+        if isinstance(change, changes.TensorChange):
             saved.append((sum(t.numel() for t in change.lost), change.target.numel()))
-        real(change, journal)
+        real(journal, change)
 
-    monkeypatch.setattr(surgery, "_perform", watched)
+    monkeypatch.setattr(Journal, "perform", watched)
     apply_(net.model, net.map, {"a": IndexMap((2, FRESH, 0, 1), 4), "b": IndexMap((0, 1, 2, 4, 4, 3), 5)})
     assert len(saved) == len({axis.name for group in net.map.groups for axis in group.axes})
     assert all(lost <= old / 4 for lost, old in saved)
@@ -1049,10 +1065,10 @@ def refusals() -> Iterator[tuple[str, Callable[[Net], dict[str, list[object]]], 
     yield "LBFGS", lambda n: {"optimizers": [torch.optim.LBFGS(n.model.parameters())]}, TypeError, "LBFGS"
     yield "unknown state", stranger, UnsupportedOptimizerError, "'hessian'"
     yield "state of other shape", misshapen, StaleMapError, r"\(4,\), expected \(4, 2, 3, 3\)"
-    yield "foreign optimizer", lambda n: {"optimizers": [adam(nn.Linear(2, 2))]}, ValueError, "holds none of the"
+    yield "foreign optimizer", lambda n: {"optimizers": [adam(nn.Linear(2, 2))]}, SurgeryError, "holds none of the"
     yield "foreign follower", lambda n: {"followers": [nn.Linear(2, 2)]}, StaleMapError, "follower 0 .Linear. has no"
     yield "other widths", lambda n: {"followers": [chain(4, 6).model]}, StaleMapError, "trace the network again"
-    yield "no copy", lambda n: {"followers": [n.model]}, ValueError, "pass copies only"
+    yield "no copy", lambda n: {"followers": [n.model]}, SurgeryError, "pass copies only"
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [pytest.param(*r[1:], id=r[0]) for r in refusals()])
@@ -1065,7 +1081,7 @@ def test_refused_before_anything_changed(
     net = chain(4, 5)
     given_arguments = arguments(net)
     before = contents(net.model)
-    calls = faults(monkeypatch, "_perform", 1, torn=False)
+    calls = faults(monkeypatch, 1, torn=False)
     with pytest.raises(error, match=message):
         apply_(net.model, net.map, wild_plan(net), **given_arguments)
     assert calls == [0]
@@ -1088,7 +1104,7 @@ def test_plan_for_another_width_is_refused() -> None:
 def test_parameters_that_share_memory_are_refused() -> None:
     net = residual(4, 5)
     net.model.bn1.bias.data = net.model.bn1.weight.data
-    with pytest.raises(ValueError, match="share memory"):
+    with pytest.raises(SurgeryError, match="share memory"):
         apply_(net.model, net.map, {"b": IndexMap.removing([0], 5)})
 
 
@@ -1100,7 +1116,7 @@ def test_torn_groups_are_refused(source: tuple[int, ...]) -> None:
     groups = (ChannelGroup("g", (*places, *carried("1", "bias", 6))),)
     net_ = ChannelMap(groups=groups, frozen=(), uses=(), shapes=shapes_of(model))
     before = contents(model)
-    with pytest.raises(ValueError, match="tears a conv group"):
+    with pytest.raises(SurgeryError, match="tears a conv group"):
         apply_(model, net_, {"g": IndexMap(source, 6)})
     assert_same(before, contents(model))
 
@@ -1122,7 +1138,47 @@ def test_distributed_wrapper_is_refused(tmp_path: object) -> None:
     try:
         net = chain(4, 5)
         wrapped = nn.parallel.DistributedDataParallel(net.model)
-        with pytest.raises(ValueError, match="wrap it again"):
+        with pytest.raises(SurgeryError, match="wrap it again"):
             apply_(wrapped, net.map, {"a": IndexMap.removing([0], 4)})
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [(SurgeryError, ValueError), (StaleMapError, ValueError), (UnsupportedOptimizerError, TypeError)],
+)
+def test_refusals_are_ours_and_builtins(error: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(error, AutoWidthError) and issubclass(error, builtin)
+
+
+# ------------------------------------------------------------------------------------------------- before the surgery
+
+
+def test_optimizers_are_checked_before_training_starts() -> None:
+    net = chain(4, 5)
+    check_optimizers([make(kind, net.model) for kind in (*OPTIMIZERS, *NOT_ELEMENTWISE)])
+    lbfgs = torch.optim.LBFGS(net.model.parameters())
+    with pytest.raises(UnsupportedOptimizerError, match=r"torch\.optim\.lbfgs\.LBFGS cannot be resized, only that of"):
+        check_optimizers([adam(net.model), lbfgs])
+
+
+def test_holders_are_the_optimizers_that_hold_a_named_parameter() -> None:
+    net = chain(4, 5)
+    first = adam(net.model.conv1)
+    others = torch.optim.SGD([{"params": net.model.bn1.parameters()}, {"params": net.model.head.parameters()}], lr=0.1)
+    both = [others, first]
+    assert holders(both, net.model, ["conv1.weight"]) == (first,)
+    assert holders(both, net.model, iter(["head.bias"])) == (others,)
+    assert holders(both, net.model, ["conv1.weight", "bn1.weight"]) == (others, first)  # in the order that was given
+    assert holders(both, net.model, ["bn1.running_mean", "conv2.weight", "nobody"]) == ()
+    plan = {"b": IndexMap.removing([0], 5)}  # with the optimizers that surgery wants
+    touched = {axis.name for axis in net.map.gathers(plan)}
+    apply_(net.model, net.map, plan, optimizers=holders(both, net.model, touched))
+    assert net.model.head.in_features == 16
+
+
+def test_examples_in_docstrings_hold() -> None:
+    found = [doctest.testmod(module) for module in (edits, checks, tensor_contents)]
+    assert [result.failed for result in found] == [0, 0, 0]
+    assert all(result.attempted for result in found)
