@@ -39,6 +39,7 @@ FLOORS = {
     "policy": 1,
     "history": 1,
     "trace.frames": 2,
+    "trace.trainable": 2,
     "trace.groups": 2,
     "trace.scratch": 2.1,
     "trace.labelling": 2.2,

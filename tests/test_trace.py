@@ -23,7 +23,7 @@ from autowidth.engine import resize_
 from autowidth.errors import AutoWidthError
 from autowidth.lab import models
 from autowidth.surgery import apply_
-from autowidth.trace import TraceError, trace
+from autowidth.trace import TraceError, keep_frozen_parameters, trace
 from nets import NETS, Inputs, conv, example, run, settle
 from oracles import brute_coupling, traced_coupling
 
@@ -378,6 +378,48 @@ def test_a_group_that_fails_takes_no_other_with_it() -> None:
 
     widths = trace(Mixed(), torch.randn(2, 3, 8, 8)).widths
     assert widths == {f"body.{i}": 4 for i in (0, 1, 2, 4, 5)}
+
+
+# ---- parameters that do not train ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("still", "kept"),
+    [
+        (["conv1.weight"], {"conv1"}),
+        (["norm1.bias"], {"conv1"}),
+        (["conv2.weight"], {"conv1", "conv2"}),  # reads the one and writes the other
+        (["fc.bias"], set()),
+        ([], set()),
+    ],
+)
+def test_groups_keep_their_widths_where_parameters_do_not_train(still: list[str], kept: set[str]) -> None:
+    model, x, _ = example("Plain")
+    before = trace(model, x)
+    for name in still:
+        model.get_parameter(name).requires_grad_(False)
+    after = keep_frozen_parameters(before, model)
+    assert set(before.widths) - set(after.widths) == kept
+    new = [f for f in after.frozen if f not in before.frozen]
+    assert {f.axis for f in new} == {axis for name in kept for axis in before.group(name).axes}
+    assert {f.reason for f in new} <= {"its parameters do not train (requires_grad=False)"}
+    if kept:
+        assert len(new) > 0
+    else:
+        assert after == before
+    frozen = {name: model.get_parameter(name).detach().clone() for name in still}
+    if after.groups:
+        resize = {g.name: IndexMap.removing([0], g.width).inserting(2) for g in after.groups}
+        apply_(model, after, resize)
+        run(model, x)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+
+
+def test_groups_with_buffers_that_never_train_are_resized() -> None:
+    model, x, _ = example("Blur")
+    channel_map = trace(model, x)
+    assert any(axis.name in dict(model.named_buffers()) for group in channel_map.groups for axis in group.axes)
+    assert keep_frozen_parameters(channel_map, model) is channel_map
 
 
 # ---- the map is true: resizes really work ----------------------------------------------------------------------------

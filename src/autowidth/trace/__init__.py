@@ -7,6 +7,7 @@
     groups.py      from the ledger of the passes to channel groups
     passes.py      the passes of one trace: without values or with them, in both modes
     rehearsal.py   a trial resize of every group on a scratch copy
+    trainable.py   groups whose parameters do not train
 
 What an op does to labels is the business of `autowidth.rules`.
 """
@@ -15,5 +16,6 @@ from __future__ import annotations
 
 from autowidth.trace.scratch import Inputs, TraceError
 from autowidth.trace.tracing import trace
+from autowidth.trace.trainable import keep_frozen_parameters
 
-__all__ = ["Inputs", "TraceError", "trace"]
+__all__ = ["Inputs", "TraceError", "keep_frozen_parameters", "trace"]
