@@ -381,30 +381,31 @@ def _lay_out(length: int, moves: Sequence[tuple[_Move, Index]]) -> _Layout:
     >>> layout.source.tolist(), layout.index["g"], layout.where
     ([0, 1, -1, -1, 4, 5, 6], ((0, 1), (2, 3), (4, 5)), {6: 6})
     """
-    free = np.ones(length, dtype=bool)
-    anchors, ranks, contents, shapes = [], [], [], []
+    anchors, ranks, contents = [], [], []
     for move, where in moves:
         old = np.asarray(where, dtype=np.int64)  # (old width, copies)
-        free[old] = False
         anchor, rank = _keys(old, move)
         content = np.where(move.source[:, None] >= 0, old[move.source], FRESH)  # (new width, copies)
         anchors.append(anchor.ravel())
         ranks.append(rank.ravel())
-        contents.append(content.ravel())
-        shapes.append(content.shape)
-    rest = np.flatnonzero(free)
+        contents.append(content)
+    rest = _rest(length, [where for _, where in moves])
     # All positions of all groups one behind the other, then the rest; `order` sorts them by anchor, then by rank.
     order = np.lexsort((np.concatenate([*ranks, np.zeros_like(rest)]), np.concatenate([*anchors, rest])))
-    source = np.concatenate([*contents, rest])[order]
-    new_position = np.empty_like(order)
-    new_position[order] = np.arange(len(order))
-    index, start = {}, 0
-    for (move, _), shape in zip(moves, shapes, strict=True):
-        stop = start + shape[0] * shape[1]
-        index[move.name] = _rows(new_position[start:stop].reshape(shape))
-        start = stop
-    rest_now = dict(zip(rest.tolist(), new_position[start:].tolist(), strict=True))
-    return _Layout(source, index, rest_now)
+    source = np.concatenate([*(content.ravel() for content in contents), rest])[order]
+    new_position = np.argsort(order)
+    *groups, rest_now = np.split(new_position, np.cumsum([content.size for content in contents]))
+    together = zip(moves, contents, groups, strict=True)
+    index = {move.name: _rows(now.reshape(content.shape)) for (move, _), content, now in together}
+    return _Layout(source, index, dict(zip(rest.tolist(), rest_now.tolist(), strict=True)))
+
+
+def _rest(length: int, indices: Sequence[Index]) -> np.ndarray:
+    """The positions of an axis that are in none of these indices."""
+    free = np.ones(length, dtype=bool)
+    for index in indices:
+        free[np.asarray(index, dtype=np.int64)] = False
+    return np.flatnonzero(free)
 
 
 def _rows(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
