@@ -10,7 +10,7 @@
     attributes.py  numbers of channels in the attributes of modules
     changes.py     the writes, each of which can be undone
 
-A kind of optimizer is one row of `OPTIMIZER_STATE`, and one in the table of tests/test_surgery.py.
+A kind of optimizer is one row of `OPTIMIZER_STATE`, and one in the table `OPTIMIZERS` of tests/surgery_nets.py.
 """
 
 from __future__ import annotations
