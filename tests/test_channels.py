@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autowidth import channels
 from autowidth.channels import (
     FRESH,
     ChannelGroup,
@@ -22,6 +25,8 @@ from autowidth.channels import (
     ResizePlan,
     UnknownGroupError,
 )
+from autowidth.errors import AutoWidthError
+from autowidth.lab.models import build
 from autowidth.trace import trace
 from nets import NETS, example
 
@@ -314,7 +319,7 @@ def test_errors_name_the_group_and_the_remedy() -> None:
     before = channel_map()
     with pytest.raises(UnknownGroupError, match=r"named 'aa'; close names: a") as caught:
         before.group("aa")
-    assert isinstance(caught.value, KeyError)
+    assert isinstance(caught.value, KeyError) and isinstance(caught.value, AutoWidthError)
     assert not str(caught.value).startswith('"')
     with pytest.raises(UnknownGroupError):
         before.check({"nobody": IndexMap.identity(2)})
@@ -330,3 +335,76 @@ def test_places_and_roles() -> None:
     assert a.with_role("read") == (a.places[1],)
     assert a.with_role("carry") == ()
     assert str(a.axes[1]) == "fc.weight[dim 1]"
+
+
+def test_groups_can_be_taken_out_for_a_reason() -> None:
+    before = channel_map()
+    after = before.without(["c", "a"], "the user said so")
+    assert after.groups == (before.group("b"),)
+    assert after.frozen[:1] == before.frozen
+    assert [(str(f.axis), f.index, f.reason) for f in after.frozen[1:]] == [
+        ("a.weight[dim 0]", (0, 1, 2), "the user said so"),
+        ("fc.weight[dim 1]", (0, 1, 11, 2, 3, 12, 4, 5, 13), "the user said so"),
+        ("fc.weight[dim 0]", (0, 1, 2, 3), "the user said so"),
+        ("out.weight[dim 1]", (3, 2, 1, 0), "the user said so"),
+    ]
+    assert (after.uses, after.shapes, after.notes) == (before.uses, before.shapes, before.notes)
+    assert before.without([], "nobody") == before
+    with pytest.raises(UnknownGroupError, match="named 'd'"):
+        before.without(["a", "d"], "no such group")
+
+
+def test_frozen_groups_follow_the_groups_beside_them() -> None:
+    """What is taken out stays where its channels are when a group on the same axis is resized."""
+    before = channel_map().without(["b"], "stays")
+    after = before.resized({"a": IndexMap.removing([0], 3)})
+    (place,) = (f for f in after.frozen if f.reason == "stays" and f.axis.name == "fc.weight")
+    assert place.index == (4, 5, 6, 7)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_map_is_a_table() -> None:
+    of = replace(channel_map(), notes=("only one branch was followed",))
+    assert str(of) == repr(of)
+    assert repr(of).splitlines() == [
+        "ChannelMap: 3 channel groups that can be resized",
+        "  channel group  width  axes",
+        "  a                  3     2",
+        "  b                  2     2",
+        "  c                  4     2",
+        "frozen, wholly or in part: 1 axis",
+        "  1 axis: a constant channel",
+        "note: only one branch was followed",
+    ]
+
+
+def test_reasons_are_counted_not_listed() -> None:
+    of = channel_map().without(["a", "b", "c"], "its parameters do not train")
+    assert repr(of).splitlines() == [
+        "ChannelMap: 0 channel groups that can be resized",
+        "frozen, wholly or in part: 5 axes",  # fc.weight[dim 1] for two reasons
+        "  1 axis: a constant channel",
+        "  5 axes: its parameters do not train",
+    ]
+
+
+def test_a_long_map_is_a_short_table() -> None:
+    of = trace(build("resnet110", width=0.125), torch.zeros(1, 3, 8, 8), rehearse=False)
+    for i, group in enumerate(of.groups[:20]):
+        of = of.without([group.name], f"reason {i}: {'long ' * 40}")
+    of = replace(of, notes=tuple(f"note {i}" for i in range(9)))
+    lines = repr(of).splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 120
+    listed = sum(line.startswith("  stages.") for line in lines)
+    assert any(line == f"  ... {len(of.groups) - listed} more ..." for line in lines)
+    assert lines[2].split()[0] == of.groups[0].name  # both ends are there
+    assert any(line.split()[0] == of.groups[-1].name for line in lines)
+    assert sum("axes: reason" in line or "axis: reason" in line for line in lines) > 3
+
+
+def test_examples_in_docstrings_hold() -> None:
+    result = doctest.testmod(channels)
+    assert result.attempted >= 3 and result.failed == 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import doctest
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,24 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autowidth import rules
 from autowidth.channels import ParamAxis
 from autowidth.rules import (
     NEUTRAL,
     RULES,
+    TAGGED,
     Call,
-    Dyes,
+    Labels,
     Ledger,
-    _reshaped,
+    labels,
     lies_along,
-    merged,
+    movement,
     no_rule,
     outputs,
-    pointwise,
     rule,
     rule_for,
     shrunk,
     spread,
-    tidy,
 )
 
 Op = Callable[..., Any]
@@ -42,26 +43,26 @@ FROZEN, NONE = -2, -1
 
 
 class Bench(TorchDispatchMode):
-    """Applies rules to the ops under it and keeps the dyes of every tensor."""
+    """Applies rules to the ops under it and keeps the label tensors of every tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger(batch=2)
-        self.dyes: dict[int, Dyes] = {}
+        self.labels: dict[int, Labels] = {}
         self.alive: list[Tensor] = []
         self.used: set[Any] = set()
 
     def label(self, name: str, tensor: Tensor, *dims: int) -> Tensor:
         """Gives the tensor slots of its own along these dims."""
-        return self.dye(tensor, *(spread(self.ledger.slots(name, d, tensor.size(d)), tensor.shape, d) for d in dims))
+        return self.put(tensor, *(spread(self.ledger.slots(name, d, tensor.size(d)), tensor.shape, d) for d in dims))
 
-    def dye(self, tensor: Tensor, *dyes: Tensor) -> Tensor:
-        self.dyes[id(tensor)] = dyes
+    def put(self, tensor: Tensor, *labels: Tensor) -> Tensor:
+        self.labels[id(tensor)] = labels
         self.alive.append(tensor)  # an id must not be used again
         return tensor
 
-    def of(self, tensor: Tensor) -> Dyes:
-        return self.dyes.get(id(tensor), ())
+    def of(self, tensor: Tensor) -> Labels:
+        return self.labels.get(id(tensor), ())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -69,8 +70,8 @@ class Bench(TorchDispatchMode):
         call = Call(func, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, out, self.of, self.ledger)
         if any(self.of(t) for t in call.tensors()):
             self.used.add(rule_for(func))
-            for tensor, dyes in zip(outputs(out), rule_for(func)(call), strict=False):
-                self.dye(tensor, *dyes)
+            for tensor, labels in zip(outputs(out), rule_for(func)(call), strict=False):
+                self.put(tensor, *labels)
         return out
 
     def names(self) -> dict[int, int]:
@@ -90,11 +91,11 @@ class Bench(TorchDispatchMode):
         return {i: FROZEN if root(i) in frozen else root(i) for i in range(self.ledger.ids)} | {NEUTRAL: NONE}
 
     def seen(self, tensor: Tensor) -> dict[int, list[Any]]:
-        """Dim(s) -> labels along them, for each dye of a tensor; labels that vary along two dims are nested."""
+        """Dim(s) -> labels along them, for each label tensor of a tensor; what varies along two dims is nested."""
         names, found = self.names(), {}
-        for dye in self.of(tensor):
-            dims = sorted(lies_along(dye))
-            small = shrunk(dye)
+        for label in self.of(tensor):
+            dims = sorted(lies_along(label))
+            small = shrunk(label)
             flat = torch.tensor([names[i] for i in small.reshape(-1).tolist()]).view(small.shape)
             squeezed = flat.squeeze() if dims else flat.reshape(-1)[:1]
             found[dims[0] if len(dims) == 1 else tuple(dims)] = squeezed.tolist()
@@ -382,7 +383,7 @@ def test_every_rule_has_a_row() -> None:
     used: set[Any] = set()
     for row in ROWS.values():
         used |= perform(row)[0].used
-    assert {f.__name__ for f in {*RULES.values(), no_rule, pointwise}} == {f.__name__ for f in used}
+    assert {f.__name__ for f in {*RULES.values(), *TAGGED.values(), no_rule}} == {f.__name__ for f in used}
 
 
 @pytest.mark.parametrize("name", ["gather", "fft", "sort"])
@@ -422,111 +423,45 @@ def test_uses_count_multiplications_per_weight_and_sample(name: str, macs: float
     assert [(u.name, u.macs_per_weight) for u in perform(ROWS[name])[0].ledger.uses] == [("t1", macs)]
 
 
-# ---- the small functions ---------------------------------------------------------------------------------------------
-
-
-def test_dyes_take_no_memory_where_they_are_constant() -> None:
-    dye = spread(torch.arange(4), (2, 4, 1000, 1000), 1)
-    assert lies_along(dye) == {1}
-    assert dye.untyped_storage().nbytes() == 4 * 8
-    assert shrunk(dye).shape == (1, 4, 1, 1)
-    thick = dye[:, :, :3, :3].contiguous()
-    clean = tidy(thick)
-    assert clean is not None
-    assert lies_along(clean) == {1}
-    assert torch.equal(clean, thick)
-
-
-def test_tidy_drops_what_has_no_identity() -> None:
-    assert tidy(torch.full((2, 3), NEUTRAL)) is None
-    assert tidy(torch.zeros(0, 3, dtype=torch.int64)) is None
-    assert tidy(torch.tensor([[NEUTRAL, 4]])) is not None
-
-
-def test_merged_keeps_dyes_of_different_dims_apart() -> None:
-    ledger = Ledger(batch=1)
-    rows, columns = spread(ledger.slots("a", 0, 2), (2, 3), 0), spread(ledger.slots("b", 0, 3), (2, 3), 1)
-    assert [sorted(lies_along(d)) for d in merged(ledger, [(rows,), (columns,)], (2, 3))] == [[0], [1]]
-    assert ledger.edges == []
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_reshaped_labels_are_those_of_a_plain_reshape(seed: int) -> None:
-    random = Random(seed)
-    factors = [random.choice([1, 2, 2, 3]) for _ in range(random.randint(1, 6))]
-
-    def shape() -> list[int]:
-        cuts = sorted(random.sample(range(1, len(factors)), random.randint(0, len(factors) - 1)))
-        parts = [factors[a:b] for a, b in zip([0, *cuts], [*cuts, len(factors)], strict=True)]
-        return [math.prod(part) for part in parts] + [1] * random.randint(0, 2)
-
-    old, new = shape(), shape()
-    varying = [n if random.random() < 0.5 else 1 for n in old]
-    dye = torch.arange(math.prod(varying)).view(varying).expand(old)
-    moved = _reshaped(dye, new)
-    assert torch.equal(moved, dye.reshape(new))
-    assert moved.untyped_storage().nbytes() <= dye.reshape(new).untyped_storage().nbytes()
-
-
-def test_folding_a_weight_takes_no_memory_for_its_filters() -> None:
-    dye = spread(torch.arange(300), (500, 300, 3, 3), 1)
-    assert _reshaped(dye, (1, 500, 2700)).untyped_storage().nbytes() == 2700 * 8
-
-
-def test_pairs_are_kept_once() -> None:
-    ledger = Ledger(batch=1)
-    a, b = ledger.slots("a", 0, 3), ledger.slots("b", 0, 3)
-    ledger.unite(a.repeat(10_000), b.repeat(10_000))
-    assert [(x.tolist(), y.tolist()) for x, y in ledger.edges] == [([0, 1, 2], [3, 4, 5])]
-
-
-def test_frozen_channels_stay_channels_apart() -> None:
-    ledger = Ledger(batch=1)
-    dye = spread(ledger.slots("a", 0, 4), (2, 4, 3), 1)
-    ledger.freeze((dye,), "because")
-    ledger.freeze((dye,), "again")
-    ((_, first), (_, second)) = ledger.edges
-    assert len({*first.tolist(), *second.tolist()}) == 8
-    assert sorted(ledger.marks.values()) == ["again"] * 4 + ["because"] * 4
-
-
-def test_rank_of_labels() -> None:
-    ledger = Ledger(batch=1)
-    played, alike, plain = ledger.slots("a", 0, 2), ledger.slots("b", 2, 2), ledger.slots("c", 1, 2)
-    window, mark = ledger.slots("d", 3, 2), ledger.mark("because", 2)
-    ledger.unite(alike, played)
-    ledger.play(played, "write")
-    assert [ledger.rank(dye) for dye in (played, alike, plain, window, mark)] == [2, 2, 1, 0, 0]
-
-
-def test_a_weight_mixed_from_others_is_no_use_of_them() -> None:
-    ledger = Ledger(batch=2)
-    slots = ledger.slots("a", 0, 4)
-    ledger.slots("a", 1, 3)
-    ledger.use(torch.zeros(3, 4), slots, 8.0)
-    ledger.use(torch.zeros(6, 4), slots, 8.0)
-    assert [(u.name, u.macs_per_weight) for u in ledger.uses] == [("a", 4.0)]
-
-
-def test_axis_of_a_label() -> None:
-    ledger = Ledger(batch=1)
-    ledger.slots("a", 0, 2)
-    ledger.slots("b", 1, 3)
-    mark = int(ledger.mark("because"))
-    assert [ledger.axis_of(i) for i in (0, 1, 2, 4)] == [ParamAxis("a", 0)] * 2 + [ParamAxis("b", 1)] * 2
-    assert ledger.axis_of(NEUTRAL) is None
-    assert ledger.axis_of(mark) is None
+# ---- the table of rules ----------------------------------------------------------------------------------------------
 
 
 def test_a_rule_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autowidth.rules.RULES", dict(RULES))
+    monkeypatch.setattr("autowidth.rules.registry.RULES", dict(RULES))
     assert rule_for(torch.ops.aten.gather.default) is no_rule
 
     @rule("gather")
-    def gathered(call: Call) -> list[Dyes]:
+    def gathered(call: Call) -> list[Labels]:
         return [()]
 
-    assert rule_for(torch.ops.aten.gather.default) is RULES.get("aten.gather", gathered)
+    assert rule_for(torch.ops.aten.gather.default) is gathered
+    assert "aten.gather" not in RULES
+
+
+def test_a_tag_gives_a_rule_to_all_ops_that_bear_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autowidth.rules.registry.TAGGED", dict(TAGGED))
+    rand = torch.ops.aten.rand.default
+    assert rule_for(rand) is no_rule
+
+    @rule(tag=torch.Tag.nondeterministic_seeded)
+    def drawn(call: Call) -> list[Labels]:
+        return [()]
+
+    assert rule_for(rand) is drawn
+    assert rule_for(torch.ops.aten.native_dropout.default) is not drawn  # a rule of its own comes first
+
+
+def test_every_file_with_rules_is_imported_by_the_package() -> None:
+    files = [path for path in Path(rules.__path__[0]).glob("*.py") if "\n@rule(" in path.read_text()]
+    assert {path.stem for path in files} == {
+        name for name in rules.__all__ if isinstance(getattr(rules, name), ModuleType)
+    }
+
+
+def test_examples_in_docstrings_hold() -> None:
+    found = [doctest.testmod(module) for module in (labels, movement)]
+    assert [result.failed for result in found] == [0, 0]
+    assert all(result.attempted for result in found)
 
 
 def test_an_op_in_place_has_the_rule_of_its_twin() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
+
+from autowidth.errors import AutoWidthError
 
 FRESH = -1
 """In an index map: this slot has no old channel behind it, it is inserted."""
@@ -17,7 +19,7 @@ Role = Literal["write", "read", "carry"]
 norms, biases and depthwise weights carry it along."""
 
 
-class UnknownGroupError(KeyError):
+class UnknownGroupError(AutoWidthError, KeyError):
     """A name that is no channel group of the model."""
 
     def __str__(self) -> str:
@@ -156,9 +158,12 @@ class IndexMap:
 
     def anchors(self) -> list[int]:
         """For each slot the old channel whose place it takes, or -1 where it follows the slot before it."""
-        seen: set[int] = set()
-        first = [s != FRESH and not (s in seen or seen.add(s)) for s in self.source]  # type: ignore[func-returns-value]
-        places = iter(sorted(s for s, is_first in zip(self.source, first, strict=True) if is_first))
+        first: list[bool] = []  # whether the slot is the first that takes over its channel
+        seen = {FRESH}
+        for s in self.source:
+            first.append(s not in seen)
+            seen.add(s)
+        places = iter(sorted(seen - {FRESH}))
         return [next(places) if is_first else FRESH for is_first in first]
 
 
@@ -168,13 +173,19 @@ ResizePlan: TypeAlias = Mapping[str, IndexMap]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMap:
-    """What a trace found: channel groups, frozen axes with reasons, the weights in use, all shapes."""
+    """What a trace found: channel groups, frozen axes with reasons, the weights in use, all shapes.
+
+    Its `repr` is a table of the groups with their widths and of the reasons why axes are frozen.
+    """
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[FrozenAxis, ...]
     uses: tuple[WeightUse, ...]
-    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(_table(self))
 
     def group(self, name: str) -> ChannelGroup:
         """The group of this name. Raises UnknownGroupError with the closest names."""
@@ -188,6 +199,18 @@ class ChannelMap:
     @property
     def widths(self) -> dict[str, int]:
         return {group.name: group.width for group in self.groups}
+
+    def without(self, names: Iterable[str], reason: str) -> ChannelMap:
+        """The map in which these groups are frozen, for this reason. Raises UnknownGroupError."""
+        gone = {name: self.group(name) for name in names}
+        frozen = [
+            FrozenAxis(place.axis, tuple(position for row in place.index for position in row), reason)
+            for group in self.groups
+            if group.name in gone
+            for place in group.places
+        ]
+        groups = tuple(group for group in self.groups if group.name not in gone)
+        return replace(self, groups=groups, frozen=(*self.frozen, *frozen))
 
     def check(self, plan: ResizePlan) -> None:
         """Raises UnknownGroupError or ValueError where the plan does not fit the groups."""
@@ -245,12 +268,61 @@ class ChannelMap:
         return layouts
 
 
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+_LISTED, _REASONS, _NOTES, _LONGEST = 14, 8, 3, 110
+"""Groups, reasons and notes that a table lists, and characters of a reason or note."""
+
+
+def _table(channel_map: ChannelMap) -> list[str]:
+    """The lines of a channel map's table; at most 30, whatever the network."""
+    groups = [(group.name, str(group.width), str(len(group.axes))) for group in channel_map.groups]
+    rows = [("channel group", "width", "axes"), *groups]
+    name, width, axes = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [f"  {row[0]:<{name}}  {row[1]:>{width}}  {row[2]:>{axes}}" for row in rows]
+    by_reason: dict[str, set[ParamAxis]] = {}
+    for frozen in channel_map.frozen:
+        by_reason.setdefault(frozen.reason, set()).add(frozen.axis)
+    reasons = [f"  {_counted(len(found), 'axis', 'axes')}: {reason}" for reason, found in by_reason.items()]
+    total = len({frozen.axis for frozen in channel_map.frozen})
+    return [
+        f"ChannelMap: {_counted(len(groups), 'channel group', 'channel groups')} that can be resized",
+        *(lines[:1] if groups else []),
+        *_elided(lines[1:], _LISTED),
+        *([f"frozen, wholly or in part: {_counted(total, 'axis', 'axes')}"] if reasons else []),
+        *(_shortened(line) for line in _elided(reasons, _REASONS)),
+        *(_shortened(f"note: {note}") for note in _elided(channel_map.notes, _NOTES)),
+    ]
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def _elided(lines: Sequence[str], most: int) -> list[str]:
+    """The lines, or where there are more than `most` those at both ends, and between them how many are left out."""
+    if len(lines) <= most:
+        return list(lines)
+    first, last = most // 2, (most - 1) // 2
+    return [*lines[:first], f"  ... {len(lines) - first - last} more ...", *lines[len(lines) - last :]]
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+
+
+# ---- the new order of an axis ----------------------------------------------------------------------------------------
+
 Index: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """What an index map says about the order of slots, worked out once for all axes of the group."""
+    """What an index map says about the order of slots, worked out once for all axes of the group.
+
+    source: for each slot its old channel, or FRESH. places: the old channel whose place it takes, or FRESH. anchored:
+    the slots that take a place.
+    """
 
     name: str
     source: np.ndarray
@@ -274,7 +346,11 @@ def _moved(place: Place, group: str, layout: _Layout | None) -> Place:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The new order of one axis: old position per new position, and where each resized group's channels are now."""
+    """The new order of one axis.
+
+    source: for each new position the old one, or FRESH. index: where the channels of each resized group are now.
+    where: old position -> new one, for the positions of nobody who is resized.
+    """
 
     source: np.ndarray
     index: dict[str, tuple[tuple[int, ...], ...]]
@@ -287,32 +363,49 @@ class _Layout:
 def _lay_out(length: int, moves: Sequence[tuple[_Move, Index]]) -> _Layout:
     """Puts every new position next to its sibling.
 
-    Each position gets a sort key (anchor, rank): an old channel is anchored where it stood, a fresh one behind the
-    last position of the sibling's block, rank by rank. Sorting the keys yields the new axis.
+    Each new position gets a sort key (anchor, rank): an old channel is anchored where it stood, a fresh one behind the
+    last position of its sibling, rank by rank. Positions that no resized group lives on keep their place. Sorting the
+    keys yields the new axis.
+
+    An axis of seven positions: three channels of two pixels each, and one position of nobody. Channel 1 leaves, a fresh
+    channel comes behind channel 0.
+
+        slot  old channel  keys of its two positions  what they hold
+        0     0            (0, 0) (1, 0)              0 1
+        1     fresh        (1, 1) (1, 2)              -1 -1
+        2     2            (4, 0) (5, 0)              4 5
+        rest               (6, 0)                     6
+
+    >>> move = _Move.of("g", IndexMap((0, FRESH, 2), 3))
+    >>> layout = _lay_out(7, [(move, ((0, 1), (2, 3), (4, 5)))])
+    >>> layout.source.tolist(), layout.index["g"], layout.where
+    ([0, 1, -1, -1, 4, 5, 6], ((0, 1), (2, 3), (4, 5)), {6: 6})
     """
-    free = np.ones(length, dtype=bool)
-    anchors, ranks, contents, slots = [], [], [], []
+    anchors, ranks, contents = [], [], []
     for move, where in moves:
-        old = np.asarray(where, dtype=np.int64)
-        free[old] = False
+        old = np.asarray(where, dtype=np.int64)  # (old width, copies)
         anchor, rank = _keys(old, move)
-        content = np.where(move.source[:, None] >= 0, old[move.source], FRESH)
+        content = np.where(move.source[:, None] >= 0, old[move.source], FRESH)  # (new width, copies)
         anchors.append(anchor.ravel())
         ranks.append(rank.ravel())
-        contents.append(content.ravel())
-        slots.append(content.shape)
-    rest = np.flatnonzero(free)
+        contents.append(content)
+    rest = _rest(length, [where for _, where in moves])
+    # All positions of all groups one behind the other, then the rest; `order` sorts them by anchor, then by rank.
     order = np.lexsort((np.concatenate([*ranks, np.zeros_like(rest)]), np.concatenate([*anchors, rest])))
-    source = np.concatenate([*contents, rest])[order]
-    new_position = np.empty_like(order)
-    new_position[order] = np.arange(len(order))
-    index, start = {}, 0
-    for (move, _), shape in zip(moves, slots, strict=True):
-        stop = start + shape[0] * shape[1]
-        index[move.name] = _rows(new_position[start:stop].reshape(shape))
-        start = stop
-    rest_now = dict(zip(rest.tolist(), new_position[start:].tolist(), strict=True))
-    return _Layout(source, index, rest_now)
+    source = np.concatenate([*(content.ravel() for content in contents), rest])[order]
+    new_position = np.argsort(order)
+    *groups, rest_now = np.split(new_position, np.cumsum([content.size for content in contents]))
+    together = zip(moves, contents, groups, strict=True)
+    index = {move.name: _rows(now.reshape(content.shape)) for (move, _), content, now in together}
+    return _Layout(source, index, dict(zip(rest.tolist(), rest_now.tolist(), strict=True)))
+
+
+def _rest(length: int, indices: Sequence[Index]) -> np.ndarray:
+    """The positions of an axis that are in none of these indices."""
+    free = np.ones(length, dtype=bool)
+    for index in indices:
+        free[np.asarray(index, dtype=np.int64)] = False
+    return np.flatnonzero(free)
 
 
 def _rows(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
@@ -320,25 +413,43 @@ def _rows(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 
 def _keys(old: np.ndarray, move: _Move) -> tuple[np.ndarray, np.ndarray]:
-    """Sort keys (anchor, rank), each (new width, copies), for the slots of one group on one axis."""
+    """Sort keys (anchor, rank), each (new width, copies), for the slots of one group on one axis.
+
+    `old` (old width, copies) are the positions of the old channels. The leader of a slot is the last slot up to it that
+    takes a place; those ahead of the first leader follow it backwards. A leader is anchored at the positions whose
+    place it takes, with rank 0. Behind it each copy is anchored at the last position of its block, with ranks that
+    count on from 1, block by block; ahead of it at the first position of its block, with negative ranks.
+
+    Four slots for two channels at 0 1 and 2 3 (one block of two copies): fresh, channel 0, fresh, channel 1.
+
+    >>> anchor, rank = _keys(np.array([[0, 1], [2, 3]]), _Move.of("g", IndexMap((FRESH, 0, FRESH, 1), 2)))
+    >>> anchor.tolist(), rank.tolist()
+    ([[0, 0], [0, 1], [1, 1], [2, 3]], [[-2, -1], [0, 0], [1, 2], [0, 0]])
+    """
     block = _blocks(old)
-    first = np.searchsorted(block, block)
+    first = np.searchsorted(block, block)  # for each copy the first and the last copy of its block
     last = np.searchsorted(block, block, side="right") - 1
     length, offset = last - first + 1, np.arange(len(block)) - first
-    places, anchored = move.places, move.anchored
-    slots = np.arange(len(places))
-    if not len(anchored):  # nobody stays: all stand where the first channel stood
+    slots = np.arange(len(move.places))
+    if not len(move.anchored):  # nobody stays: all stand where the first channel stood
         return np.broadcast_to(old[0][first], (len(slots), len(block))), slots[:, None] * length + offset
-    leader = anchored[np.maximum(np.searchsorted(anchored, slots, side="right") - 1, 0)]
-    sibling = old[places[leader]]
-    behind = (slots - leader)[:, None]  # negative: ahead of the first slot that keeps its place
+    nearest = np.searchsorted(move.anchored, slots, side="right") - 1  # -1: ahead of the first one
+    leader = move.anchored[np.maximum(nearest, 0)]
+    sibling = old[move.places[leader]]  # (new width, copies)
+    behind = (slots - leader)[:, None]  # how many slots behind the leader; negative ahead of the first one
     anchor = np.where(behind == 0, sibling, np.where(behind > 0, sibling[:, last], sibling[:, first]))
     rank = np.where(behind > 0, 1 + (behind - 1) * length + offset, behind * length + offset)
     return anchor, np.where(behind == 0, 0, rank)
 
 
 def _blocks(old: np.ndarray) -> np.ndarray:
-    """Which block each copy belongs to: copies that stand side by side in every channel move as one block."""
+    """The block of each copy: copies that stand side by side in every channel move as one block.
+
+    Two channels that live on 0 1 and 8, and on 2 3 and 9, have a block of two copies and one of one:
+
+    >>> _blocks(np.array([[0, 1, 8], [2, 3, 9]])).tolist()
+    [0, 0, 1]
+    """
     if old.shape[1] == 1:
         return np.zeros(1, dtype=np.int64)
     together = (np.diff(old, axis=1) == 1).all(axis=0)

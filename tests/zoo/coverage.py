@@ -25,11 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._pytree import tree_leaves
 
 import autowidth
 from autowidth.channels import ChannelMap, IndexMap, ParamAxis, ResizePlan
@@ -38,6 +35,7 @@ from autowidth.cost import count_macs, macs_cost
 from autowidth.surgery import apply_
 from autowidth.trace import trace
 
+from .lively import lively, outputs, step
 from .memory import peak_during, resident, returning_memory
 from .page import page
 from .subjects import SUBJECTS
@@ -155,8 +153,8 @@ def examine(build: Callable[[], nn.Module], inputs: Tensor, *, name: str = "") -
         try:
             row = replace(row, **stage(case))
         except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            return replace(row, error=f"{stage.__name__.strip('_')}: {told[:300]}")
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            return replace(row, error=f"{stage.__name__.strip('_')}: {text[:300]}")
     return row
 
 
@@ -168,7 +166,7 @@ def _tracing(case: _Case) -> dict[str, Any]:
     with returning_memory():
         bare = resident()
         model = case.build().eval()
-        forward = peak_during(lambda: _outputs(model, case.inputs))
+        forward = peak_during(lambda: outputs(model, case.inputs))
         tracing = peak_during(lambda: setattr(case, "channel_map", trace(model, case.inputs)))
         size, plan, held = _bytes(model), case.resize(), resident()
         surgery = peak_during(lambda: apply_(model, case.channel_map, plan)) if plan else None
@@ -193,7 +191,7 @@ def _tracing(case: _Case) -> dict[str, Any]:
 
 def _kept(case: _Case) -> dict[str, Any]:
     """By how much the outputs change where they should not."""
-    model = _lively(case)
+    model = lively(case.build, case.inputs)
     crossing = _crossing(model, case.channel_map)
     every = [group.name for group in case.channel_map.groups]
     steady = [name for name in every if name not in crossing]
@@ -215,18 +213,18 @@ def _kept(case: _Case) -> dict[str, Any]:
 
 def _resized(case: _Case) -> dict[str, Any]:
     """Trains, resizes, trains on, saves, loads."""
-    model = _lively(case)
+    model = lively(case.build, case.inputs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    _step(model, optimizer, case.inputs)
+    step(model, optimizer, case.inputs)
     start = time.perf_counter()
-    _step(model, optimizer, case.inputs)
+    step(model, optimizer, case.inputs)
     step_seconds = time.perf_counter() - start
     macs, params = count_macs(model, case.inputs), _size(model)
     start = time.perf_counter()
     resized = apply_(model, case.channel_map, case.resize(), optimizers=[optimizer])
     resize_seconds = time.perf_counter() - start
-    _outputs(model, case.inputs)
-    _step(model, optimizer, case.inputs)
+    outputs(model, case.inputs)
+    step(model, optimizer, case.inputs)
     for parameter, state in optimizer.state.items():
         wrong = [key for key, value in state.items() if key != "step" and value.shape != parameter.shape]
         if wrong or state["step"] != 3:
@@ -245,12 +243,12 @@ def _resized(case: _Case) -> dict[str, Any]:
 
 def _comes_back(case: _Case, model: nn.Module, resized: ChannelMap) -> bool:
     """Whether a fresh network that loads the saved one has its widths and, bit for bit, its outputs."""
-    expected = _outputs(model.eval(), case.inputs)
+    expected = outputs(model.eval(), case.inputs)
     with tempfile.TemporaryDirectory() as folder:
         save(folder, model, channel_map=resized)
         fresh = case.build()
         loaded = load_(fresh, folder, example_inputs=case.inputs)
-    found = _outputs(fresh.eval(), case.inputs)
+    found = outputs(fresh.eval(), case.inputs)
     same = all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     return same and loaded.widths == resized.widths
 
@@ -261,56 +259,6 @@ def _size(model: nn.Module) -> int:
 
 def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
-# ---- networks that feel every channel --------------------------------------------------------------------------------
-
-
-def _lively(case: _Case) -> nn.Module:
-    """A network in evaluation mode in which every channel matters and no signal dies or explodes.
-
-    As they are built, many networks multiply whole branches by zero or a millionth, and running statistics are those
-    of no data: a change would go unseen. Constant parameters become random, norms take the statistics of the inputs.
-    """
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = case.build()
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and bool((parameter == parameter.flatten()[0]).all()):
-                parameter.copy_(_random_like(parameter))
-        model.eval()
-        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum, norm.training = 1.0, True
-        model(case.inputs)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum, norm.training = momentum, False
-    return model
-
-
-def _random_like(constant: Tensor) -> Tensor:
-    """Factors near 1 for a constant that is not zero, numbers near 0 for one that is."""
-    if bool(constant.flatten()[0] != 0):
-        return torch.rand_like(constant) + 0.5
-    return torch.randn_like(constant) * (0.1 if constant.dim() < 2 else constant[0].numel() ** -0.5)
-
-
-def _outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        found = tree_leaves(model(inputs.to(next(model.parameters()).dtype)))
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor) -> None:
-    """One training step towards the first class. Raises ValueError where the loss is not finite."""
-    optimizer.zero_grad()
-    outputs = [leaf for leaf in tree_leaves(model.train()(inputs)) if isinstance(leaf, Tensor)]
-    loss = sum((-F.log_softmax(out.flatten(1), 1)[:, 0].mean() for out in outputs), torch.zeros(()))
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss is {loss.item()}")
-    loss.backward()
-    optimizer.step()
 
 
 # ---- where the function must be kept ---------------------------------------------------------------------------------
@@ -355,13 +303,13 @@ def _copy(case: _Case, model: nn.Module) -> nn.Module:
 
 def _change(case: _Case, model: nn.Module, plan: ResizePlan) -> float:
     """Largest change of any output by the resize, over the largest output. Raises ValueError where it means nothing."""
-    before = _outputs(model, case.inputs)
+    before = outputs(model, case.inputs)
     scale = max(float(out.abs().max()) for out in before)
     if not 0 < scale < float("inf"):
         raise ValueError(f"the largest output is {scale}, so that no change can be seen")
     if plan:  # a group of one channel loses none
         apply_(model, case.channel_map, plan, generator=torch.Generator().manual_seed(1))
-    after = _outputs(model, case.inputs)
+    after = outputs(model, case.inputs)
     change = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)) / scale
     return change if change == change else float("inf")
 
@@ -443,11 +391,12 @@ def general(reason: str) -> str:
 def code() -> str:
     """Names the state of the sources that a row depends on."""
     folder = Path(autowidth.__file__).parent
-    content = b"".join((folder / f"{name}.py").read_bytes() for name in _SOURCES)
-    return hashlib.sha256(content).hexdigest()[:12]
+    files = [file for name in _SOURCES for file in sorted((folder / name).glob("*.py")) or [folder / f"{name}.py"]]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 _SOURCES = ("channels", "rules", "surgery", "cost", "trace", "history", "checkpoint")
+"""Files of the library, or folders of files, on which a row depends."""
 
 
 def examined(name: str, patience: float = PATIENCE) -> Row:

@@ -42,7 +42,7 @@ _HEAD = (
     "MACs (M)", "parameters (M)", "saved", "memory, trace", "surgery", "holds",
 )  # fmt: skip
 
-_PEER = """
+_OTHER_TOOL = """
 For comparison: on the same 23 networks of torchvision Torch-Pruning completes 20 (measured with torch-pruning 1.6.1,
 torch 2.13).
 """
@@ -55,7 +55,7 @@ def page(rows: Mapping[str, Row], failures: Mapping[str, Sequence[str]], code: s
     stale = [name for name, row in rows.items() if row.code != code]
     if stale:
         parts += [f"Measured with other sources than today's: {len(stale)} of {len(rows)} networks.", ""]
-    parts += ["## torchvision", "", *_table(rows, failures, TORCHVISION), _PEER]
+    parts += ["## torchvision", "", *_table(rows, failures, TORCHVISION), _OTHER_TOOL]
     parts += ["## timm, convolutional families", "", *_table(rows, failures, _names(CONVOLUTIONAL)), ""]
     parts += ["## timm, families with attention or recurrence", "", *_table(rows, failures, _names(MIXED)), ""]
     parts += ["## What is frozen, and why", "", *_frozen(rows), ""]

@@ -228,10 +228,10 @@ def test_rows_come_back_and_make_a_page(tmp_path: Path) -> None:
     write_rows(results, rows)
     assert read_rows(results) == rows
     assert main(["--results", str(results), "--out", str(out)]) == 1  # nothing is left to examine; one promise broken
-    told = out.read_text()
-    assert "a \\| b" in told
-    assert all(f"| {name.removesuffix(' (timm)')} " in told for name in SUBJECTS)
-    assert str(tmp_path) not in told and "other sources" not in told
+    text = out.read_text()
+    assert "a \\| b" in text
+    assert all(f"| {name.removesuffix(' (timm)')} " in text for name in SUBJECTS)
+    assert str(tmp_path) not in text and "other sources" not in text
 
 
 # ---- instruments -----------------------------------------------------------------------------------------------------
