@@ -17,6 +17,7 @@ TREE = REPOSITORY / "src" / "autowidth"
 PACKAGE = "autowidth"
 
 FLOORS = {
+    "errors": 0,
     "channels": 0,
     "rules": 1,
     "surgery": 1,
@@ -36,7 +37,13 @@ FLOORS = {
     "integrations.__init__": 4,
     "integrations.lightning": 4,
     "lab.__init__": 4,
-    "lab.models": 4,
+    "lab.models.registry": 4.001,
+    "lab.models.parts": 4.001,
+    "lab.models.networks.*": 4.002,
+    "lab.models.networks.__init__": 4.003,
+    "lab.models.naming": 4.004,
+    "lab.models.importing": 4.005,
+    "lab.models.__init__": 4.006,
     "lab.data": 4,
     "lab.baselines.axes": 4.05,
     "lab.baselines.calls": 4.06,
@@ -180,7 +187,8 @@ CHECKS: dict[Check, list[dict[str, str]]] = {
         {"surgery.py": "from autowidth.rules import rule", "rules.py": ""},
         {"lab/baselines/one.py": "from autowidth.lab.baselines.two import f", "lab/baselines/two.py": ""},
         {"lab/baselines/one.py": "from .two import f", "lab/baselines/two.py": ""},
-        {"lab/models.py": "from ..cli import main", "cli.py": ""},
+        {"lab/models/parts.py": "from ...cli import main", "cli.py": ""},
+        {"lab/models/networks/one.py": "from .two import f", "lab/models/networks/two.py": ""},
         {"lab/train.py": "from autowidth.lab import bench", "lab/bench.py": "", "lab/__init__.py": ""},
     ],
     imports_of_the_root: [
@@ -191,9 +199,9 @@ CHECKS: dict[Check, list[dict[str, str]]] = {
         {"lab/train.py": "from .. import channels", "__init__.py": "", "channels.py": ""},
     ],
     imports_of_the_lab: [
-        {"__init__.py": "from autowidth.lab.models import build", "lab/models.py": ""},
+        {"__init__.py": "from autowidth.lab.models.parts import scaled", "lab/models/parts.py": ""},
         {"engine.py": "def f():\n    from autowidth import lab", "lab/__init__.py": ""},
-        {"integrations/lightning.py": "import autowidth.lab.models", "lab/models.py": ""},
+        {"integrations/lightning.py": "import autowidth.lab.models.parts", "lab/models/parts.py": ""},
     ],
     files_without_a_caption: [
         {"trace.py": ""},
@@ -240,9 +248,9 @@ def test_a_sound_tree_passes_every_check(tmp_path: Path) -> None:
         "__init__.py": '"""The public names."""\nfrom autowidth.trace import trace\n',
         "channels.py": '"""Vocabulary.\n\nA legend of letters.\n"""\n',
         "trace.py": '"""Follows labels."""\nimport torch\nfrom .channels import ChannelMap\n',
-        "lab/models.py": '"""Networks."""\ndef f():\n' + "    pass\n" * (LONGEST - 1),
+        "lab/models/parts.py": '"""Parts."""\ndef f():\n' + "    pass\n" * (LONGEST - 1),
         "lab/baselines/__init__.py": '"""All methods."""\nfrom autowidth.lab.baselines.one import f\n',
-        "lab/baselines/one.py": '"""A method."""\nfrom autowidth.lab.models import f\n',
+        "lab/baselines/one.py": '"""A method."""\nfrom autowidth.lab.models.parts import f\n',
         "cli.py": '"""Commands."""\nfrom autowidth.lab.baselines import f\nprint(1)\n',
     }
     tree = plant(tmp_path, sound)

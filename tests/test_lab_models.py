@@ -15,6 +15,7 @@ from autowidth.lab.models import (
     PaddingShortcut,
     UnknownModelError,
     build,
+    model,
     resolve,
     scaled,
     spec,
@@ -331,3 +332,26 @@ def test_a_built_in_name_resolves() -> None:
     assert parameters(resolve("resnet8", num_classes=3, width=0.5)) == parameters(
         build("resnet8", num_classes=3, width=0.5)
     )
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def test_the_networks_are_listed_in_their_order() -> None:
+    families = [name.rstrip("0123456789") for name in MODELS if not name.endswith("-padding")]
+    assert list(dict.fromkeys(families)) == ["resnet", "vgg", "densenet", "googlenet", "mobilenetv"]
+    assert list(MODELS)[:5] == ["resnet20", "resnet32", "resnet56", "resnet110", "resnet20-padding"]
+
+
+def test_a_decorated_builder_is_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_conv(*, num_classes: int, in_channels: int, width: float) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(in_channels, scaled(num_classes, width), 1))
+
+    monkeypatch.setitem(MODELS, "one-conv", None)  # so that it is taken out again
+    del MODELS["one-conv"]
+    assert model("one-conv", smallest=1, input_shape=(1, 4, 4))(one_conv) is one_conv
+    assert (spec("one-conv").smallest, spec("one-conv").input_shape) == (1, (1, 4, 4))
+    assert build("one-conv", num_classes=4, in_channels=2, width=0.5)[0].weight.shape == (2, 2, 1, 1)
+    assert resolve("one-conv", num_classes=3)[0].out_channels == 3
+    with pytest.raises(ValueError, match="two networks are named 'one-conv'"):
+        model("one-conv", smallest=1)

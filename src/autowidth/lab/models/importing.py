@@ -1,0 +1,101 @@
+"""From a text to a network: a built-in name, or `module:callable`, which is imported."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from autowidth.lab.models.naming import build
+from autowidth.lab.models.registry import UnknownModelError, close_names
+
+
+def resolve(text: str, *, num_classes: int | None = None, in_channels: int = 3, width: float = 1.0) -> nn.Module:
+    """The network that `text` names: a built-in name, or `module:callable`, which is imported and called.
+
+    The callable gets those of the keywords num_classes, in_channels and width that its signature takes; where it takes
+    any keyword and hands them on, those that are not refused further down. Without num_classes a built-in network has
+    ten classes, and a callable its own number, or ten if it has none.
+    Raises UnknownModelError where the text leads nowhere, TypeError where it leads to something that is no module,
+    and ValueError for a width factor that the callable does not take.
+    """
+    if ":" not in text:
+        return build(text, num_classes=num_classes or 10, in_channels=in_channels, width=width)
+    maker = _import(text)
+    if not callable(maker) or isinstance(maker, nn.Module):
+        raise TypeError(f"{text} is {_a(maker)}, expected a class or function that returns an nn.Module")
+    offered: dict[str, object] = {"num_classes": num_classes or 10, "in_channels": in_channels, "width": width}
+    if num_classes is None and not _requires(maker, "num_classes"):
+        del offered["num_classes"]
+    taken = _accepted(maker, offered)
+    if width != 1.0 and "width" not in taken:
+        refused = f"{text} takes no keyword 'width', so the width factor {width} cannot be given to it; use 1.0"
+        raise ValueError(refused)
+    model = _made(maker, taken)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{text} returned {_a(model)}, expected an nn.Module")
+    return model
+
+
+def _import(text: str) -> object:
+    """What `module:name` names; the name may be dotted."""
+    module_name, _, path = text.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
+        raise UnknownModelError(f"cannot import a model from {text!r}: the form is module:callable")
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module exists, something that it imports does not
+        raise UnknownModelError(
+            f"cannot import {text!r}: no module is named {error.name!r} on the Python path"
+        ) from None
+    for name in path.split("."):
+        if not hasattr(found, name):
+            hint = close_names(name, vars(found))
+            raise UnknownModelError(f"{text!r} names no callable: there is no {name!r}; {hint}")
+        found = getattr(found, name)
+    return found
+
+
+def _accepted(maker: Callable[..., object], offered: Mapping[str, object]) -> dict[str, object]:
+    """Those of the keywords that the callable's signature takes."""
+    try:
+        parameters = inspect.signature(maker).parameters.values()
+    except ValueError:
+        raise TypeError(
+            f"{maker!r} has no readable signature, expected a class or function written in Python"
+        ) from None
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(offered)
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = {p.name for p in parameters if p.kind in by_keyword}
+    return {name: value for name, value in offered.items() if name in names}
+
+
+def _requires(maker: Callable[..., object], name: str) -> bool:
+    """Whether the callable cannot be called without this keyword."""
+    try:
+        parameter = inspect.signature(maker).parameters.get(name)
+    except ValueError:
+        return False  # what that means is said where the signature is needed
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def _made(maker: Callable[..., object], keywords: dict[str, object]) -> object:
+    """What the callable returns, without the keyword that it, or what it calls, says it does not know."""
+    try:
+        return maker(**keywords)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in keywords or ("width" in keywords and keywords["width"] != 1.0):
+            raise
+        return _made(maker, {name: value for name, value in keywords.items() if name != unknown[1]})
+
+
+def _a(thing: object) -> str:
+    kind = type(thing).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
