@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ from autowidth.lab.data import (
     pooled,
     scale,
 )
+from autowidth.lab.data import pixels as pixel_functions
+from autowidth.lab.data.sources import READERS, Source, forms
 
 # --- files and oracles ----------------------------------------------------------------------------------------------
 
@@ -203,7 +206,7 @@ def test_augmentation_that_cannot_be_is_refused() -> None:
 
 
 def test_scaling_by_the_statistics_gives_mean_zero_and_deviation_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr(pixel_functions, "_CHUNK", 7)  # several chunks, the last one short
     images = torch.randint(0, 256, (50, 3, 5, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[:, 1] //= 3
     mean, std = channel_statistics(images)
@@ -786,6 +789,60 @@ def test_a_data_set_in_the_hubs_layout_is_read(tmp_path: Path, monkeypatch: pyte
     streamed = data.load(f"hf:{tmp_path / 'set'}", stream_above=0, workers=2)
     assert numbers(in_memory(streamed.train)) == list(range(10))
     assert same(list(streamed.training_batches(4, seed=0)), list(found.training_batches(4, seed=0)))
+
+
+@pytest.mark.parametrize(
+    ("package", "text", "sentence"),
+    [
+        ("sklearn", "digits", r"the set digits needs the package scikit-learn, .* pip install 'autowidth\[lab\]'"),
+        ("pyarrow", "cifar10:{cifar}", r"parquet needs the package pyarrow, .* pip install 'autowidth\[lab\]'"),
+        ("PIL", "cifar10:{cifar}", r"an image file needs the package pillow, .* pip install 'autowidth\[lab\]'"),
+        ("PIL", "folder:{photos}", r"an image file needs the package pillow, .* pip install 'autowidth\[lab\]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_to_install(
+    small_cifar: Path, photos: Path, package: str, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=sentence):
+        data.load(text.format(cifar=small_cifar, photos=photos))
+
+
+def test_image_sets_import_no_package_that_only_some_of_them_need() -> None:
+    program = """if True:
+        import sys
+        import autowidth.lab.data
+        print(*{name.split(".")[0] for name in sys.modules} & {"PIL", "pyarrow", "sklearn", "datasets"})
+        print(*[name for name in sys.modules if name.startswith("autowidth.lab.models")])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n\n"
+
+
+def test_a_decorated_function_is_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noise(text: str) -> Source:
+        """As many images as the text says."""
+        split = Split(images=torch.rand(int(text), 1, 2, 2), labels=torch.arange(int(text)) % 2)
+        return Source(name="noise", classes=("a", "b"), train=split, test=split)
+
+    monkeypatch.setitem(READERS, "noise", None)  # so that it is taken out again
+    del READERS["noise"]
+    assert data.reader("noise", form="noise:COUNT", own_size=True)(noise) is noise
+    assert len(data.load("noise:6").train) == 6
+    assert forms() == (*data.FORMS, "noise:COUNT")
+    with pytest.raises(UnknownDataError, match=r"allowed are digits, .*, noise:COUNT; did you mean noise\?"):
+        data.load("nois:6")
+    with pytest.raises(DataError, match="noise have a size of their own"):
+        data.load("noise:6", size=3)
+    for name, form in [("noise", "noise:N"), ("sound", "noise:N")]:
+        with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+            data.reader(name, form=form)
+
+
+def test_the_forms_are_those_of_the_readers() -> None:
+    assert data.FORMS == ("digits", "cifar10:PATH", "cifar100:PATH", "folder:PATH", "hf:NAME[:CONFIG]")
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
