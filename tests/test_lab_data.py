@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 from autowidth.lab import data
@@ -40,6 +41,7 @@ from autowidth.lab.data import (
     scale,
 )
 from autowidth.lab.data import pixels as pixel_functions
+from autowidth.lab.data.decoding import FORMATS
 from autowidth.lab.data.sources import READERS, Source, forms
 
 # --- files and oracles ----------------------------------------------------------------------------------------------
@@ -725,6 +727,74 @@ def test_corrupt_files_are_named_and_refused_or_skipped(tmp_path: Path, caplog: 
     assert animals.class_counts == {"bee": 8, "cow": 8}
     assert len(animals.train) + len(animals.test) == 20
     assert "notes.txt" in caplog.text
+
+
+# A drawing of 8 x 8 points, as any program writes one; to see it, Ghostscript runs what stands in it.
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+newpath 1 1 moveto 7 1 lineto 7 7 lineto closepath 0.5 setgray fill
+showpage
+%%EOF
+"""
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program `gs` that is found before any other; the file that is there once it has been called."""
+    called, program = tmp_path / "called", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {called}\n[ "$1" = --version ]\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # pillow looks for it once
+    return called
+
+
+@pytest.mark.parametrize("limit", [1, 0], ids=["kept", "streamed"])
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_a_drawing_under_the_name_of_a_photograph_starts_no_program(
+    tmp_path: Path, ghostscript: Path, kind: str, limit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "folder":
+        write_classes(tmp_path / "set", {"bee": 5, "cow": 5})
+        (tmp_path / "set" / "cow" / "photo.jpg").write_bytes(EPS)
+        text, place = f"folder:{tmp_path / 'set'}", str(tmp_path / "set" / "cow" / "photo.jpg")
+    else:
+        write_parquet(
+            tmp_path / "set" / "train-0.parquet", [*[encoded(picture(i)) for i in range(3)], EPS], [0, 1, 0, 1]
+        )
+        write_parquet(tmp_path / "set" / "test-0.parquet", [encoded(picture(i)) for i in range(2)], [0, 1])
+        text, place = f"cifar10:{tmp_path / 'set'}", "train-0.parquet, row 3"
+    reason = "its format is EPS, allowed are PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM"
+    with pytest.raises(CorruptImageError) as caught:
+        data.load(text, stream_above=limit, workers=0)
+    assert str(caught.value) == f"{place}: {reason}; mend it, or skip corrupt images (skip_corrupt)"
+    with caplog.at_level(logging.WARNING):
+        assert data.load(text, stream_above=limit, workers=0, skip_corrupt=True).skipped == (place,)
+    assert f"{place}: {reason}" in caplog.text
+    assert not ghostscript.exists()
+
+
+def test_the_program_would_have_been_seen(tmp_path: Path, ghostscript: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(EPS)
+    with pytest.raises(subprocess.CalledProcessError), Image.open(tmp_path / "photo.jpg") as image:
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_all_allowed_formats_are_read(tmp_path: Path, kind: str) -> None:
+    """And the format of several images in one JPEG, as telephones write it."""
+    grey = np.full((8, 8, 3), 90, dtype=np.uint8)
+    options = {"save_all": True, "append_images": [Image.fromarray(grey)]} if kind == "MPO" else {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.fromarray(grey).save(tmp_path / name / f"{number}.jpg", kind, **options)
+    images = data.folder(tmp_path, size=8).train.images
+    assert isinstance(images, Tensor)
+    assert (images.int() - 90).abs().max() <= 2
 
 
 def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Image files and their pixels: and what is said of a file that cannot be read."""
+"""Image files and their pixels: which formats are read, and what is said of a file that cannot be."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from autowidth.lab.data.errors import packages_for
 
 if TYPE_CHECKING:  # pillow belongs to an extra, and is imported where an image is read
     from PIL.Image import Image as PillowImage
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What an image file may be, whatever its name says. Pillow knows more formats, and hands some of them to programs
+that it finds on the machine: EPS to Ghostscript, which runs what is written in the file."""
 
 
 class UnreadableError(ValueError):
@@ -64,7 +68,7 @@ class Encoded:
 def decode(data: bytes | Path | None, side: int | None, extent: Sequence[int] | None = None) -> np.ndarray:
     """The image as RGB, (H, W, 3) in uint8; upright, cut to a square and resized where a side is given.
 
-    Raises UnreadableError for what is no image, or half of one, and for an image of another extent
+    Raises UnreadableError for what is no image in one of `FORMATS`, or half of one, and for an image of another extent
     (H, W) where one is expected.
     """
     from PIL import Image, UnidentifiedImageError
@@ -72,10 +76,10 @@ def decode(data: bytes | Path | None, side: int | None, extent: Sequence[int] | 
     if data is None:
         raise UnreadableError("there are no bytes")
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
             pixels = _rgb(image, side)
     except UnidentifiedImageError as error:
-        raise UnreadableError("no readable image") from error
+        raise UnreadableError(_foreign(data) or "no readable image") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UnreadableError(str(error) or type(error).__name__) from error
     if extent is not None and pixels.shape[:2] != tuple(extent):
@@ -92,6 +96,22 @@ def _rgb(image: PillowImage, side: int | None) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
     upright = ImageOps.exif_transpose(image).convert("RGB")
     return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR))
+
+
+def _foreign(data: bytes | Path) -> str | None:
+    """What to say of a file that begins as one of a format that pillow knows and we do not read; else None."""
+    from PIL import Image
+
+    Image.init()
+    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+        start = file.read(16)
+    for name, (_, begins) in Image.OPEN.items():
+        try:
+            if name not in FORMATS and begins is not None and begins(start):
+                return f"its format is {name}, allowed are {', '.join(FORMATS)}"
+        except (SyntaxError, IndexError, TypeError, ValueError, struct.error):  # as pillow does: too short to be told
+            continue
+    return None
 
 
 def stacked(pixels: Sequence[np.ndarray]) -> Tensor:
