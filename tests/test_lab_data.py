@@ -8,6 +8,8 @@ import itertools
 import json
 import logging
 import multiprocessing
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 from autowidth.lab import data
@@ -38,6 +40,9 @@ from autowidth.lab.data import (
     pooled,
     scale,
 )
+from autowidth.lab.data import pixels as pixel_functions
+from autowidth.lab.data.decoding import FORMATS
+from autowidth.lab.data.sources import READERS, Source, forms
 
 # --- files and oracles ----------------------------------------------------------------------------------------------
 
@@ -203,7 +208,7 @@ def test_augmentation_that_cannot_be_is_refused() -> None:
 
 
 def test_scaling_by_the_statistics_gives_mean_zero_and_deviation_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr(pixel_functions, "_CHUNK", 7)  # several chunks, the last one short
     images = torch.randint(0, 256, (50, 3, 5, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[:, 1] //= 3
     mean, std = channel_statistics(images)
@@ -724,6 +729,74 @@ def test_corrupt_files_are_named_and_refused_or_skipped(tmp_path: Path, caplog: 
     assert "notes.txt" in caplog.text
 
 
+# A drawing of 8 x 8 points, as any program writes one; to see it, Ghostscript runs what stands in it.
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+newpath 1 1 moveto 7 1 lineto 7 7 lineto closepath 0.5 setgray fill
+showpage
+%%EOF
+"""
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program `gs` that is found before any other; the file that is there once it has been called."""
+    called, program = tmp_path / "called", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {called}\n[ "$1" = --version ]\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # pillow looks for it once
+    return called
+
+
+@pytest.mark.parametrize("limit", [1, 0], ids=["kept", "streamed"])
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_a_drawing_under_the_name_of_a_photograph_starts_no_program(
+    tmp_path: Path, ghostscript: Path, kind: str, limit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "folder":
+        write_classes(tmp_path / "set", {"bee": 5, "cow": 5})
+        (tmp_path / "set" / "cow" / "photo.jpg").write_bytes(EPS)
+        text, place = f"folder:{tmp_path / 'set'}", str(tmp_path / "set" / "cow" / "photo.jpg")
+    else:
+        write_parquet(
+            tmp_path / "set" / "train-0.parquet", [*[encoded(picture(i)) for i in range(3)], EPS], [0, 1, 0, 1]
+        )
+        write_parquet(tmp_path / "set" / "test-0.parquet", [encoded(picture(i)) for i in range(2)], [0, 1])
+        text, place = f"cifar10:{tmp_path / 'set'}", "train-0.parquet, row 3"
+    reason = "its format is EPS, allowed are PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM"
+    with pytest.raises(CorruptImageError) as caught:
+        data.load(text, stream_above=limit, workers=0)
+    assert str(caught.value) == f"{place}: {reason}; mend it, or skip corrupt images (skip_corrupt)"
+    with caplog.at_level(logging.WARNING):
+        assert data.load(text, stream_above=limit, workers=0, skip_corrupt=True).skipped == (place,)
+    assert f"{place}: {reason}" in caplog.text
+    assert not ghostscript.exists()
+
+
+def test_the_program_would_have_been_seen(tmp_path: Path, ghostscript: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(EPS)
+    with pytest.raises(subprocess.CalledProcessError), Image.open(tmp_path / "photo.jpg") as image:
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_all_allowed_formats_are_read(tmp_path: Path, kind: str) -> None:
+    """And the format of several images in one JPEG, as telephones write it."""
+    grey = np.full((8, 8, 3), 90, dtype=np.uint8)
+    options = {"save_all": True, "append_images": [Image.fromarray(grey)]} if kind == "MPO" else {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.fromarray(grey).save(tmp_path / name / f"{number}.jpg", kind, **options)
+    images = data.folder(tmp_path, size=8).train.images
+    assert isinstance(images, Tensor)
+    assert (images.int() - 90).abs().max() <= 2
+
+
 def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected one per class"):
         data.folder(tmp_path)
@@ -786,6 +859,60 @@ def test_a_data_set_in_the_hubs_layout_is_read(tmp_path: Path, monkeypatch: pyte
     streamed = data.load(f"hf:{tmp_path / 'set'}", stream_above=0, workers=2)
     assert numbers(in_memory(streamed.train)) == list(range(10))
     assert same(list(streamed.training_batches(4, seed=0)), list(found.training_batches(4, seed=0)))
+
+
+@pytest.mark.parametrize(
+    ("package", "text", "sentence"),
+    [
+        ("sklearn", "digits", r"the set digits needs the package scikit-learn, .* pip install 'autowidth\[lab\]'"),
+        ("pyarrow", "cifar10:{cifar}", r"parquet needs the package pyarrow, .* pip install 'autowidth\[lab\]'"),
+        ("PIL", "cifar10:{cifar}", r"an image file needs the package pillow, .* pip install 'autowidth\[lab\]'"),
+        ("PIL", "folder:{photos}", r"an image file needs the package pillow, .* pip install 'autowidth\[lab\]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_to_install(
+    small_cifar: Path, photos: Path, package: str, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=sentence):
+        data.load(text.format(cifar=small_cifar, photos=photos))
+
+
+def test_image_sets_import_no_package_that_only_some_of_them_need() -> None:
+    program = """if True:
+        import sys
+        import autowidth.lab.data
+        print(*{name.split(".")[0] for name in sys.modules} & {"PIL", "pyarrow", "sklearn", "datasets"})
+        print(*[name for name in sys.modules if name.startswith("autowidth.lab.models")])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n\n"
+
+
+def test_a_decorated_function_is_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noise(text: str) -> Source:
+        """As many images as the text says."""
+        split = Split(images=torch.rand(int(text), 1, 2, 2), labels=torch.arange(int(text)) % 2)
+        return Source(name="noise", classes=("a", "b"), train=split, test=split)
+
+    monkeypatch.setitem(READERS, "noise", None)  # so that it is taken out again
+    del READERS["noise"]
+    assert data.reader("noise", form="noise:COUNT", own_size=True)(noise) is noise
+    assert len(data.load("noise:6").train) == 6
+    assert forms() == (*data.FORMS, "noise:COUNT")
+    with pytest.raises(UnknownDataError, match=r"allowed are digits, .*, noise:COUNT; did you mean noise\?"):
+        data.load("nois:6")
+    with pytest.raises(DataError, match="noise have a size of their own"):
+        data.load("noise:6", size=3)
+    for name, form in [("noise", "noise:N"), ("sound", "noise:N")]:
+        with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+            data.reader(name, form=form)
+
+
+def test_the_forms_are_those_of_the_readers() -> None:
+    assert data.FORMS == ("digits", "cifar10:PATH", "cifar100:PATH", "folder:PATH", "hf:NAME[:CONFIG]")
 
 
 # --- streams --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from autowidth import lab
 from autowidth.lab.models import (
     MODELS,
     PaddingShortcut,
     UnknownModelError,
     build,
+    model,
     resolve,
     scaled,
     spec,
@@ -331,3 +336,109 @@ def test_a_built_in_name_resolves() -> None:
     assert parameters(resolve("resnet8", num_classes=3, width=0.5)) == parameters(
         build("resnet8", num_classes=3, width=0.5)
     )
+
+
+# --- the current folder ---------------------------------------------------------------------------------------------
+
+USER_FILES = {
+    "my_net.py": """
+        import colorsys, json, random  # of the standard library, whatever lies beside this file
+        from torch import nn
+        from shapes.widths import WIDTH
+
+        assert not any(hasattr(module, "mine") for module in (colorsys, json, random))
+
+        def net(num_classes=10):
+            from asked_for_later import DEPTH
+            return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)], nn.Linear(WIDTH, num_classes))
+    """,
+    "shapes/__init__.py": "",
+    "shapes/widths.py": "from .numbers import FIVE as WIDTH",
+    "shapes/numbers.py": "FIVE = 5",
+    "asked_for_later.py": "DEPTH = 2",
+    "never_asked_for.py": "",
+    "failing_net.py": "raise RuntimeError('this module fails')",
+    "calendar.py": "def Net(): pass",
+    **{f"{name}.py": "mine = True" for name in ("random", "json", "colorsys", "wave")},
+}
+
+CALLER = """
+    import os, sys
+    from autowidth.lab.models import UnknownModelError, resolve
+
+    assert os.getcwd() not in sys.path and not {"colorsys", "wave"} & set(sys.modules)
+    before = list(sys.path)
+    model = resolve("my_net:net", num_classes=3)
+    assert sys.path == before, sys.path
+    assert [layer.out_features for layer in model] == [5, 5, 3]
+
+    for text, message in [
+        ("failing_net:net", "this module fails"),
+        ("my_net:nett", "close names: net"),
+        ("gone:net", "no module is named 'gone' in the current folder"),
+        ("calendar:Net", "calendar is a module of the standard library: give your own another name"),
+    ]:
+        try:
+            resolve(text)
+        except (RuntimeError, UnknownModelError) as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"{text} led somewhere")
+        assert sys.path == before, (text, sys.path)
+
+    import wave
+    assert not hasattr(wave, "mine")
+    try:
+        import never_asked_for
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise AssertionError("the folder is still found")
+
+    sys.path.insert(0, os.getcwd())  # by whoever started Python: not ours to take away
+    resolve("my_net:net")
+    assert sys.path == [os.getcwd(), *before]
+    print("done")
+"""
+
+
+def test_the_current_folder_is_on_the_path_only_while_a_model_of_it_is_made(tmp_path: Path) -> None:
+    """In a process of its own, started as the installed command is: from a folder that is not the current one."""
+    for name, text in USER_FILES.items():
+        path = tmp_path / "user" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    (tmp_path / "caller.py").write_text(textwrap.dedent(CALLER))
+    source = str(Path(lab.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "caller.py")],
+        cwd=tmp_path / "user",
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def test_the_networks_are_listed_in_their_order() -> None:
+    families = [name.rstrip("0123456789") for name in MODELS if not name.endswith("-padding")]
+    assert list(dict.fromkeys(families)) == ["resnet", "vgg", "densenet", "googlenet", "mobilenetv"]
+    assert list(MODELS)[:5] == ["resnet20", "resnet32", "resnet56", "resnet110", "resnet20-padding"]
+
+
+def test_a_decorated_builder_is_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_conv(*, num_classes: int, in_channels: int, width: float) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(in_channels, scaled(num_classes, width), 1))
+
+    monkeypatch.setitem(MODELS, "one-conv", None)  # so that it is taken out again
+    del MODELS["one-conv"]
+    assert model("one-conv", smallest=1, input_shape=(1, 4, 4))(one_conv) is one_conv
+    assert (spec("one-conv").smallest, spec("one-conv").input_shape) == (1, (1, 4, 4))
+    assert build("one-conv", num_classes=4, in_channels=2, width=0.5)[0].weight.shape == (2, 2, 1, 1)
+    assert resolve("one-conv", num_classes=3)[0].out_channels == 3
+    with pytest.raises(ValueError, match="two networks are named 'one-conv'"):
+        model("one-conv", smallest=1)

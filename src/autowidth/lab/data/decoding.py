@@ -1,0 +1,132 @@
+"""Image files and their pixels: which formats are read, and what is said of a file that cannot be."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autowidth.lab.data.errors import packages_for
+
+if TYPE_CHECKING:  # pillow belongs to an extra, and is imported where an image is read
+    from PIL.Image import Image as PillowImage
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What an image file may be, whatever its name says. Pillow knows more formats, and hands some of them to programs
+that it finds on the machine: EPS to Ghostscript, which runs what is written in the file."""
+
+
+class UnreadableError(ValueError):
+    """An image that cannot be read; the text is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picked(Sequence[Any]):
+    """The items at some positions of a sequence, fetched when they are asked for."""
+
+    items: Sequence[Any]
+    positions: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.items[self.positions[number]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A split before it is decoded: an image file's bytes or its path, its label (N,), and where it is, for people.
+
+    Raises DataError where pillow, which decodes, is not installed: here, before a worker process needs it.
+    """
+
+    images: Sequence[bytes | Path | None]
+    labels: Tensor
+    where: Sequence[str]
+
+    def __post_init__(self) -> None:
+        with packages_for("an image file"):
+            import PIL  # noqa: F401
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> Encoded:
+        chosen = index.tolist()
+        images, where = Picked(self.images, chosen), Picked(self.where, chosen)
+        return Encoded(images=images, labels=self.labels[index], where=where)
+
+
+def decode(data: bytes | Path | None, side: int | None, extent: Sequence[int] | None = None) -> np.ndarray:
+    """The image as RGB, (H, W, 3) in uint8; upright, cut to a square and resized where a side is given.
+
+    Raises UnreadableError for what is no image in one of `FORMATS`, or half of one, and for an image of another extent
+    (H, W) where one is expected.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if data is None:
+        raise UnreadableError("there are no bytes")
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+            pixels = _rgb(image, side)
+    except UnidentifiedImageError as error:
+        raise UnreadableError(_foreign(data) or "no readable image") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UnreadableError(str(error) or type(error).__name__) from error
+    if extent is not None and pixels.shape[:2] != tuple(extent):
+        got, expected = (" x ".join(map(str, found)) for found in (pixels.shape[:2], extent))
+        raise UnreadableError(f"its extent is {got}, that of the images before it is {expected}")
+    return pixels
+
+
+def _rgb(image: PillowImage, side: int | None) -> np.ndarray:
+    """The pixels (H, W, 3), of the whole image as it lies in the file, or of an upright square."""
+    from PIL import Image, ImageOps
+
+    if side is None:
+        return np.asarray(image.convert("RGB"))
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR))
+
+
+def _foreign(data: bytes | Path) -> str | None:
+    """What to say of a file that begins as one of a format that pillow knows and we do not read; else None."""
+    from PIL import Image
+
+    Image.init()
+    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+        start = file.read(16)
+    for name, (_, begins) in Image.OPEN.items():
+        try:
+            if name not in FORMATS and begins is not None and begins(start):
+                return f"its format is {name}, allowed are {', '.join(FORMATS)}"
+        except (SyntaxError, IndexError, TypeError, ValueError, struct.error):  # as pillow does: too short to be told
+            continue
+    return None
+
+
+def stacked(pixels: Sequence[np.ndarray]) -> Tensor:
+    """n images (H, W, 3) in uint8 -> (n, 3, H, W)."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def extent_of(raw: Encoded, side: int | None) -> tuple[int, int] | None:
+    """(H, W) of the first image that can be read, None where none can."""
+    if side is not None:
+        return side, side
+    for data in raw.images:
+        try:
+            height, width = decode(data, None).shape[:2]
+            return height, width
+        except UnreadableError:
+            continue
+    return None
