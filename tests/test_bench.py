@@ -34,6 +34,7 @@ from autowidth.lab import suites
 from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench
 from autowidth.lab.data import ImageSet
+from autowidth.lab.loop import train
 from autowidth.lab.plots import fidelity_plot
 from autowidth.lab.suites import UnknownSuiteError, find_suite
 from autowidth.lab.suites.fidelity import (
@@ -53,7 +54,8 @@ from autowidth.lab.suites.fidelity import (
     watched_run,
     within,
 )
-from autowidth.lab.train import FolderError, Settings, load_images, train
+from autowidth.lab.prepare import FolderError, load_images
+from autowidth.lab.settings import Settings
 from autowidth.policy import Budget
 from autowidth.surgery import apply_
 

@@ -21,7 +21,7 @@ from autowidth.channels import ChannelMap
 from autowidth.checkpoint import load_, read_run
 from autowidth.cost import macs_cost, params_cost
 from autowidth.lab.models import build
-from autowidth.lab.train import Settings
+from autowidth.lab.settings import Settings
 from autowidth.trace import trace
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autowidth.cost import count_macs, macs_cost
+from autowidth.lab.loop import Method, probe_batches, train
 from autowidth.lab.methods import (
     METHODS,
     OneShot,
@@ -35,7 +36,8 @@ from autowidth.lab.peers import (
     inner_widths,
     torch_pruned,
 )
-from autowidth.lab.train import Method, Settings, load_images, probe_batches, train
+from autowidth.lab.prepare import load_images
+from autowidth.lab.settings import Settings
 from autowidth.policy import Books, Budget, BudgetError, Costs, Never, Situation
 from autowidth.trace import trace
 

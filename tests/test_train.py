@@ -26,25 +26,20 @@ from autowidth.checkpoint import load_, read_run
 from autowidth.cost import count_macs
 from autowidth.engine import Effort, NothingToResizeError
 from autowidth.lab.data import CorruptImageError, digits
-from autowidth.lab.models import UnknownModelError, build, resolve
-from autowidth.lab.train import (
-    DeviceError,
+from autowidth.lab.loop import (
     DivergedError,
-    FolderError,
     Method,
-    ModelError,
-    Progress,
-    Settings,
-    SettingsError,
-    check_folder,
     compiled,
     decayed_and_not,
     evaluate,
     one_cycle,
     probe_batches,
-    settings_from,
     train,
 )
+from autowidth.lab.models import UnknownModelError, build, resolve
+from autowidth.lab.prepare import DeviceError, FolderError, ModelError, check_folder
+from autowidth.lab.result import Progress
+from autowidth.lab.settings import Settings, settings_from
 from autowidth.policy import Budget, BudgetError, Decision, Never, Situation
 
 SHORT = Settings(
@@ -345,6 +340,14 @@ def test_an_average_that_keeps_nothing_is_the_network_even_after_surgery() -> No
         torch.testing.assert_close(result.network.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_who_watches_sees_the_engine_after_every_step_and_its_reviews() -> None:
+    seen: list[tuple[int, int]] = []
+    result = train(SHORT, watch=lambda engine: seen.append((engine.steps, len(engine.history))))
+    steps = [event.step for event in result.history]
+    assert seen == [(n, sum(step <= n for step in steps)) for n in range(1, 13)]
+    assert len(steps) == 3
+
+
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -490,63 +493,6 @@ def test_the_probe_is_training_images_as_they_are_in_an_order_of_its_own() -> No
 
 
 # ---- at the door -----------------------------------------------------------------------------------------------------
-
-WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"epochs": 0}, r"'epochs'.*greater than or equal to 1, got 0"),
-    ({"epochs": "many"}, r"'epochs'.*integer.*'many'"),
-    ({"epochz": 3}, r"no setting is named 'epochz'.*did you mean epochs"),
-    ({"macs": 0.3}, r"no setting is named 'macs'.*did you mean budget\.macs"),
-    ({"budget": {"mcas": 0.3}}, r"no setting is named 'budget\.mcas'.*did you mean budget\.macs"),
-    ({"budget": {"macs": 0}}, r"'budget'.*macs=0 is impossible"),
-    ({"budget": 3}, r"'budget'"),
-    ({"effort": {"probe_samples": 0}}, r"'effort'.*probe_samples >= 1"),
-    ({"lr": float("nan")}, r"'lr'.*finite"),
-    ({"width": -1}, r"'width'.*greater than 0, got -1"),
-    ({"ema": 1}, r"'ema'.*less than 1, got 1"),
-    ({"schedule": "linear"}, r"'schedule'.*'one-cycle' or 'cosine', got 'linear'"),
-    ({"qwertz": 3}, r"allowed are model, data, .*effort\.audit_filters"),
-]
-
-
-@pytest.mark.parametrize(("given_settings", "message"), WRONG_SETTINGS)
-def test_a_wrong_setting_is_named(given_settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        settings_from(given_settings)
-
-
-CONFIGURATIONS = {
-    "run.json": '{"epochs": 7, "lr": 0.05, "budget": {"macs": 0.4, "count": 8}}',
-    "run.toml": "epochs = 7\nlr = 0.05\n[budget]\nmacs = 0.4\ncount = 8\n",
-}
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_file_fills_the_settings_and_is_overruled_field_by_field(tmp_path: Path, name: str) -> None:
-    config = tmp_path / name
-    config.write_text(CONFIGURATIONS[name])
-    assert settings_from({}, config=config) == Settings(epochs=7, lr=0.05, budget=Budget(macs=0.4, count=8))
-    overruled = settings_from({"epochs": 9, "budget": {"macs": 0.3}}, config=config)
-    assert overruled == Settings(epochs=9, lr=0.05, budget=Budget(macs=0.3, count=8))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("none.toml", None, "cannot read"),
-        ("bad.toml", "a = = 3", "no TOML"),
-        ("bad.json", "{", "no JSON"),
-        ("list.json", "[1]", "holds a list"),
-        ("field.toml", "epochs = 1.5", r"'epochs' in .*field\.toml"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    config = tmp_path / name
-    if text is not None:
-        config.write_text(text)
-    with pytest.raises(SettingsError, match=message) as caught:
-        settings_from({}, config=config)
-    assert name in str(caught.value)
-
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": "resnet21"}, UnknownModelError, "resnet20"),

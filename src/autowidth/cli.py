@@ -26,15 +26,21 @@ from autowidth.channels import ChannelGroup, ChannelMap
 from autowidth.checkpoint import CheckpointError
 from autowidth.cost import count_macs, macs_cost, params_cost
 from autowidth.engine import ForeignOptimizerError, NothingToResizeError
+from autowidth.errors import AutoWidthError
 from autowidth.history import Event, HistoryError
 from autowidth.lab import bench as benches
 from autowidth.lab import suites
-from autowidth.lab import train as training
 from autowidth.lab.data import DataError, UnknownDataError
+from autowidth.lab.loop import train as run
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import UnknownModelError, resolve, spec
 from autowidth.lab.peers import PeerError, UnfitModelError
-from autowidth.policy import Auto, Budget, BudgetError, Policy, Price
+from autowidth.lab.policies import described, from_options
+from autowidth.lab.prepare import ModelError
+from autowidth.lab.result import Progress as Standing
+from autowidth.lab.result import Result
+from autowidth.lab.settings import Settings, settings_from
+from autowidth.policy import BudgetError
 from autowidth.probe import ProbeError
 from autowidth.trace import TraceError, trace
 
@@ -45,10 +51,7 @@ class UsageError(ValueError):
 
 MISTAKES = (
     UsageError,
-    training.SettingsError,
-    training.DeviceError,
-    training.ModelError,
-    training.FolderError,
+    AutoWidthError,
     suites.UnknownSuiteError,
     UnknownMethodError,
     PeerError,
@@ -124,7 +127,7 @@ def _fail(sentence: str, code: int) -> None:
 
 def _option(setting: str, *names: str) -> Any:
     """An option that fills this setting; its help and its default are the setting's."""
-    field = training.Settings.model_fields[setting]
+    field = Settings.model_fields[setting]
     default = "" if field.default is None else f"; default {field.default}"
     return typer.Option(*names, help=f"{field.description}{default}")
 
@@ -191,18 +194,18 @@ def train(
     bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
     options = {
         "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
-        "width": width, "out": out, "device": device, "threads": threads, "edit": False if no_edit else None,
-        "price": None if price is None else {"nats_per_model": price},
-        "budget": {k: v for k, v in bounds.items() if v is not None} or None,
+        "width": width, "out": out, "device": device, "threads": threads,
     }  # fmt: skip
     console = _console(stderr=as_json)
     with door(debug=debug):
-        settings = training.settings_from(_given(options, auto=auto), config=config)
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= from_options(bounds, price=price, auto=auto, edit=False if no_edit else None)
+        settings = settings_from(given, config=config)
         if settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
         display = _display(console, settings, quiet=quiet)
         with display:
-            result = training.train(settings, report=display.show)
+            result = run(settings, report=display.show)
         if not quiet:
             console.print(_groups_table(result))
         console.print(_closing(result), soft_wrap=True, highlight=False)
@@ -210,15 +213,7 @@ def train(
             typer.echo(json.dumps(result.as_json(), allow_nan=False))
 
 
-def _given(options: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
-    """The options that were given; with `auto` no target of the configuration counts. Raises UsageError."""
-    if auto and (options["budget"] or options["price"]):
-        raise UsageError("--auto finds the target itself: leave out --macs, --params, --latency and --price, or --auto")
-    given = {name: value for name, value in options.items() if value is not None}
-    return given | {"budget": None, "price": None, "auto": {}} if auto else given
-
-
-def default_folder(settings: training.Settings) -> Path:
+def default_folder(settings: Settings) -> Path:
     """runs/MODEL-DATA-SEED, in characters that every file system takes."""
     name = f"{settings.model}-{settings.data}-{settings.seed}"
     return Path("runs") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
@@ -239,24 +234,24 @@ class _Silence:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def show(self, progress: training.Progress) -> None:
+    def show(self, progress: Standing) -> None:
         """Nothing."""
 
 
 class _Lines(_Silence):
     """One line per epoch and per review, for logs and pipes."""
 
-    def __init__(self, console: Console, settings: training.Settings) -> None:
+    def __init__(self, console: Console, settings: Settings) -> None:
         self.console = console
         self.settings = settings
 
-    def show(self, progress: training.Progress) -> None:
+    def show(self, progress: Standing) -> None:
         """Prints a line if an epoch or a review is over."""
         if (line := self._line(progress)) is not None:
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
             self.console.file.flush()
 
-    def _line(self, p: training.Progress) -> str | None:
+    def _line(self, p: Standing) -> str | None:
         if p.moment == "start":
             return _opening(self.settings, p)
         if p.moment == "review" and p.event is not None:
@@ -272,7 +267,7 @@ class _Lines(_Silence):
 class _Screen(_Silence):
     """A live display for a terminal: bar, figures, widths, the last review."""
 
-    def __init__(self, console: Console, settings: training.Settings) -> None:
+    def __init__(self, console: Console, settings: Settings) -> None:
         self.settings = settings
         self.bar = Progress(
             TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
@@ -287,7 +282,7 @@ class _Screen(_Silence):
     def __exit__(self, *error: object) -> None:
         self.live.__exit__(None, None, None)
 
-    def show(self, progress: training.Progress) -> None:
+    def show(self, progress: Standing) -> None:
         """Draws where the run stands."""
         p = progress
         self.bar.update(self.task, completed=p.epochs * p.step // p.total_steps)
@@ -305,29 +300,15 @@ class _Screen(_Silence):
         self.live.update(Group(Text(_opening(self.settings, p)), self.bar, figures, widths, Text(last)))
 
 
-def _display(console: Console, settings: training.Settings, *, quiet: bool) -> _Silence:
+def _display(console: Console, settings: Settings, *, quiet: bool) -> _Silence:
     if quiet:
         return _Silence()
     return _Screen(console, settings) if console.is_terminal else _Lines(console, settings)
 
 
-UNITS = {"macs": "MACs", "params": "parameters", "latency": "latency", "latency_ms": "ms per image"}
-"""What a budget bounds, for people."""
-
-
-def _aim(policy: Policy) -> str:
-    """Where a policy leads, for people."""
-    if isinstance(policy, Budget):
-        unit = UNITS[policy.what]
-        return f"to {policy.target:g} {unit}" if policy.absolute else f"to {policy.target:.0%} of the {unit}"
-    if isinstance(policy, Auto):
-        return "to the width that the data justify"
-    return f"at {policy.nats_per_model:g} nats for all MACs" if isinstance(policy, Price) else "without reviews"
-
-
-def _opening(settings: training.Settings, p: training.Progress) -> str:
+def _opening(settings: Settings, p: Standing) -> str:
     """What is trained in a line, and on what images in another."""
-    aim = _aim(settings.policy)
+    aim = described(settings.policy)
     start = f"{_short(p.macs_start)} MACs, {_short(p.params_start)} parameters"
     run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
     return f"{run}\n{p.data}"
@@ -348,7 +329,7 @@ def _widths(widths: Mapping[str, int]) -> str:
     return " ".join(map(str, widths.values()))
 
 
-def _groups_table(result: training.Result) -> Table:
+def _groups_table(result: Result) -> Table:
     """Every channel group: its widths, what one channel costs, what its filters were worth at the last review."""
     events = result.history.events
     worths = events[-1].worths if events else {}
@@ -364,7 +345,7 @@ def _groups_table(result: training.Result) -> Table:
     return table
 
 
-def _closing(result: training.Result) -> str:
+def _closing(result: Result) -> str:
     """The result in a line, and where it lies in another."""
     r = result
     what = "accuracy" if r.part == "test" else "held-out accuracy"
@@ -434,7 +415,7 @@ def look_at(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     except UnknownModelError:
         raise
     except Exception as error:  # it is the user's code that runs here
-        raise training.ModelError(f"cannot build the model {name}: {type(error).__name__}: {error}") from error
+        raise ModelError(f"cannot build the model {name}: {type(error).__name__}: {error}") from error
     example = torch.zeros(shape)
     channel_map = trace(network, example)
     macs, params = macs_cost(channel_map), params_cost(channel_map, [n for n, _ in network.named_parameters()])

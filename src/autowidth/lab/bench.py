@@ -36,9 +36,7 @@ import scipy
 import torch
 from numpy.typing import NDArray
 
-from autowidth.lab.train import (
-    FolderError,
-)
+from autowidth.lab.prepare import FolderError
 
 Array: TypeAlias = NDArray[np.float64]
 Record: TypeAlias = dict[str, Any]

@@ -18,10 +18,14 @@ from autowidth.engine import Criterion
 from autowidth.lab.baselines import CRITERIA, TRAINING
 from autowidth.lab.baselines.training import TrainingRule
 from autowidth.lab.data import ImageSet
+from autowidth.lab.loop import Method, train
 from autowidth.lab.models import initialise
 from autowidth.lab.peers import gromo_grown, growing_network, growth_plan, inner_widths, torch_pruned
-from autowidth.lab.train import Method, Result, Settings, build_network, find_device, train
-from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
+from autowidth.lab.policies import auto_of, budget_of
+from autowidth.lab.prepare import build_network, find_device
+from autowidth.lab.result import Result
+from autowidth.lab.settings import Settings
+from autowidth.policy import BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
 from autowidth.surgery import apply_
@@ -182,7 +186,7 @@ def ours(
     With `retrained` the same widths are trained from scratch as well.
     """
     settings = task.lasting(longer)
-    policy = replace(task.settings.budget or Budget(), macs=_of_start(task), **budget)
+    policy = budget_of(task.settings, macs=_of_start(task), **budget)
     said = f"budget {task.macs:g}"
     found = task.trained(settings=settings, method=replace(method or Method(), policy=policy))
     finishes = [Finish(method=_named(name, longer), policy=said, result=found)]
@@ -201,7 +205,7 @@ def _named(name: str, longer: int) -> str:
 
 def automatic(task: Task) -> list[Finish]:
     """Our run without a target."""
-    method = Method(policy=task.settings.auto or Auto())
+    method = Method(policy=auto_of(task.settings))
     return [Finish(method="autowidth", policy="auto", result=task.trained(method=method))]
 
 
@@ -243,15 +247,15 @@ def uniform(task: Task, *, longer: int = 1) -> list[Finish]:
 
 
 def one_shot(
-    task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"], ruled: bool = False
+    task: Task, *, name: str, importance: Criterion, scope: Literal["layer", "network"], ruled: bool = False
 ) -> list[Finish]:
-    """Trains for half of the epochs, prunes by the criterion, fine-tunes for the other half.
+    """Trains for half of the epochs, prunes by the importance, fine-tunes for the other half.
 
     With `ruled` the first half is trained under the method's own rule.
     """
     target = _of_start(task)
     rule = _rule(name, task, target) if ruled else None
-    method = Method(policy=OneShot(macs=target, scope=scope), criterion=criterion, compensate=False, rule=rule)
+    method = Method(policy=OneShot(macs=target, scope=scope), importance=importance, reconstruct=False, rule=rule)
     found = task.trained(settings=task.settings.model_copy(update={"cycles": 2}), method=method)
     return [Finish(method=name, policy=f"{'scheduled' if ruled else 'one-shot'} {task.macs:g}", result=found)]
 
@@ -367,11 +371,11 @@ METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
     "uniform": uniform,
     "uniform-x2": partial(uniform, longer=2),
     "autowidth-no-insertion": partial(ours, name="autowidth-no-insertion", offer=0.0),
-    "autowidth-no-compensation": partial(ours, name="autowidth-no-compensation", method=Method(compensate=False)),
-    "autowidth-next": partial(ours, name="autowidth-next", method=Method(criterion=partial(part_alone, part=0))),
-    "autowidth-own": partial(ours, name="autowidth-own", method=Method(criterion=partial(part_alone, part=1))),
-    "autowidth-random": partial(ours, name="autowidth-random", method=Method(criterion=_criterion("random"))),
-    "autowidth-l1": partial(ours, name="autowidth-l1", method=Method(criterion=_criterion("l1"))),
+    "autowidth-no-compensation": partial(ours, name="autowidth-no-compensation", method=Method(reconstruct=False)),
+    "autowidth-next": partial(ours, name="autowidth-next", method=Method(importance=partial(part_alone, part=0))),
+    "autowidth-own": partial(ours, name="autowidth-own", method=Method(importance=partial(part_alone, part=1))),
+    "autowidth-random": partial(ours, name="autowidth-random", method=Method(importance=_criterion("random"))),
+    "autowidth-l1": partial(ours, name="autowidth-l1", method=Method(importance=_criterion("l1"))),
     "torch-pruning-magnitude-layer": partial(torch_pruning, importance="magnitude", scope="layer"),
     "torch-pruning-magnitude-layer-x2": partial(torch_pruning, importance="magnitude", scope="layer", longer=2),
     "torch-pruning-magnitude-network": partial(torch_pruning, importance="magnitude", scope="network"),
@@ -380,13 +384,13 @@ METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
     "gromo": gromo,
     **{
         name: partial(
-            one_shot, name=name, criterion=_criterion(name), scope="layer" if name in _LAYER_BY_LAYER else "network"
+            one_shot, name=name, importance=_criterion(name), scope="layer" if name in _LAYER_BY_LAYER else "network"
         )
         for name in CRITERIA
         if name not in _SCHEDULES
     },
     **{
-        name: partial(one_shot, name=name, criterion=_criterion(criterion), scope=scope, ruled=True)
+        name: partial(one_shot, name=name, importance=_criterion(criterion), scope=scope, ruled=True)
         for name, (criterion, scope) in _SCHEDULES.items()
     },
 }

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from autowidth.cost import count_macs, macs_cost
 from autowidth.lab.data import ImageSet
+from autowidth.lab.loop import probe_batches
 from autowidth.lab.models import initialise, spec
-from autowidth.lab.train import probe_batches
 from autowidth.policy import BudgetError
 from autowidth.trace import trace
 

@@ -13,7 +13,9 @@ from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, namele
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
 from autowidth.lab.plots import accuracy_plot
-from autowidth.lab.train import Settings, load_images, settings_from
+from autowidth.lab.policies import TABLES
+from autowidth.lab.prepare import load_images
+from autowidth.lab.settings import Settings, settings_of
 
 CHOICES = 5000
 """Further training images on which choices are made, where test images must not be looked at."""
@@ -131,8 +133,8 @@ def _unit(
         given |= {"limit": limit and limit + CHOICES, "holdout": CHOICES / (limit + CHOICES) if limit else 0.1}
     elif limit:
         given["limit"] = limit
-    dumped = settings_from(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
-    of_ours = {key: dumped.pop(key) for key in ("auto", "budget", "price", "effort")}
+    dumped = settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
+    of_ours = {key: dumped.pop(key) for key in (*TABLES, "effort")}
     settings: dict[str, Any] = {
         "data": data, "model": model, "seed": seed, "method": method, "macs": macs, "start": start, "training": dumped,
     }  # fmt: skip
@@ -148,7 +150,7 @@ def _unit(
 
 def measure(settings: Mapping[str, Any]) -> Outcome:
     """Runs one method on one model from one seed: the work of one unit. A record for the run, and for its control."""
-    named = {key: settings[key] for key in ("data", "model", "seed", "auto", "budget", "effort") if key in settings}
+    named = {key: settings[key] for key in ("data", "model", "seed", *TABLES, "effort") if key in settings}
     training = Settings.model_validate({**settings["training"], **named, "width": settings["start"]})
     task = Task(settings=training, macs=settings["macs"], images=load_images(training))
     finishes = METHODS[settings["method"]](task)

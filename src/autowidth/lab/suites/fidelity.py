@@ -26,18 +26,11 @@ from autowidth.engine import AutoWidth, Effort, quiet, settled_norms
 from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
+from autowidth.lab.loop import decayed_and_not, one_cycle, probe_batches
 from autowidth.lab.models import spec
 from autowidth.lab.plots import fidelity_plot
-from autowidth.lab.train import (
-    Settings,
-    build_network,
-    decayed_and_not,
-    find_device,
-    load_images,
-    one_cycle,
-    probe_batches,
-    settings_from,
-)
+from autowidth.lab.prepare import build_network, find_device, load_images
+from autowidth.lab.settings import Settings, settings_of
 from autowidth.policy import Budget, Decision, Situation
 from autowidth.probe import effective_weights, probe
 from autowidth.profit import combined, folded, parts, peers
@@ -123,7 +116,7 @@ def fidelity(
             settings: dict[str, Any] = {
                 "data": data, "model": model, "seed": seed, "filters": filters,
                 "probe_samples": probe_samples or scale.probe, "shares": list(SHARES),
-                "training": settings_from(given).model_dump(mode="json", exclude={"data", "model", "seed", "out"}),
+                "training": settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out"}),
             }  # fmt: skip
             command += f" --epochs {settings['training']['epochs']}"
             units.append(Unit(name=f"{model}-seed{seed}", settings=settings, command=command))
@@ -169,7 +162,7 @@ class Watching(Budget):
 
 
 def watched_run(settings: Settings, images: ImageSet, shares: Sequence[float]) -> Iterator[tuple[float, AutoWidth]]:
-    """Trains as `autowidth.lab.train.train` does, reviewing without resizing; yields its engine after each share.
+    """Trains as `autowidth.lab.loop.train` does, reviewing without resizing; yields its engine after each share.
 
     Seeds the global generators. What is done with the engine between two shares must leave the network as it was.
     """
