@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from autowidth import cli
-from autowidth.audit import mean_loss, standing_in
+from autowidth.audit import Calibration, mean_loss, standing_in
 from autowidth.channels import IndexMap
 from autowidth.engine import AutoWidth, quiet, settled_norms
 from autowidth.lab import bench as benches
@@ -34,8 +34,11 @@ from autowidth.lab import suites
 from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop import train
+from autowidth.lab.loop import probe_batches, train
+from autowidth.lab.models import build
 from autowidth.lab.plots import fidelity_plot
+from autowidth.lab.prepare import FolderError, load_images
+from autowidth.lab.settings import Settings
 from autowidth.lab.suites import UnknownSuiteError, find_suite
 from autowidth.lab.suites.fidelity import (
     BLOCKS,
@@ -54,10 +57,9 @@ from autowidth.lab.suites.fidelity import (
     watched_run,
     within,
 )
-from autowidth.lab.prepare import FolderError, load_images
-from autowidth.lab.settings import Settings
 from autowidth.policy import Budget
 from autowidth.surgery import apply_
+from autowidth.trace import trace
 
 fidelity_suite = sys.modules[fidelity.__module__]  # the function hides the file of its name
 
@@ -237,19 +239,33 @@ def bits(network: torch.nn.Module) -> list[bytes]:
 
 def looked_at(images: ImageSet, settings: Settings) -> tuple[list[tuple[float, Look]], AutoWidth]:
     """A run whose engine is looked at on the way."""
-    looks = []
-    for share, engine in watched_run(settings, images, SHARES):
+    looks: list[tuple[float, Look]] = []
+    engines: list[AutoWidth] = []
+
+    def look(share: float, engine: AutoWidth) -> None:
         scoring, blocks = fidelity_suite._scoring(images, 0, 96), fidelity_suite._blocks(images)
         looks.append((share, look_at(engine, scoring, blocks, filters=24, rng=np.random.default_rng(0))))
-    return looks, engine
+        engines.append(engine)
+
+    watched_run(settings, images, SHARES, look)
+    return looks, engines[-1]
 
 
-def test_the_run_is_that_of_the_training_file_and_looking_does_not_disturb_it() -> None:
-    settings = settings_of(tiny(limit=400))
+@pytest.mark.parametrize(
+    "recipe", [{}, {"schedule": "cosine", "cycles": 2, "label_smoothing": 0.1}, {"ema": 0.9, "channels_last": True}]
+)
+def test_the_run_is_that_of_the_training_file_by_all_settings_and_looking_does_not_disturb_it(
+    recipe: dict[str, Any],
+) -> None:
+    settings = settings_of(tiny(limit=400)).model_copy(update=recipe)
     images = load_images(settings)
-    plain = train(settings.model_copy(update={"edit": False}))
+    followed: list[torch.nn.Module] = []  # with an average the result is that, and not what the engine is attached to
+    plain = train(
+        settings.model_copy(update={"edit": False}), watch=lambda engine: followed.append(engine.model)
+    )  # fmt: skip
     looks, engine = looked_at(images, settings)
-    assert bits(engine.model) == bits(plain.network)
+    assert bits(engine.model) == bits(followed[-1])
+    assert (bits(plain.network) == bits(followed[-1])) == ("ema" not in recipe)
     assert [share for share, _ in looks] == list(SHARES)
 
 
@@ -258,18 +274,22 @@ def trained() -> tuple[ImageSet, AutoWidth]:
     """A network at the end of its run, its reviews behind it."""
     settings = settings_of(tiny())
     images = load_images(settings)
-    (_, engine), = watched_run(settings, images, [1.0])  # fmt: skip
-    return images, engine
+    engines: list[AutoWidth] = []
+    watched_run(settings, images, [1.0], lambda share, engine: engines.append(engine))
+    engines[0].model.train()  # the run ends with an evaluation
+    return images, engines[0]
 
 
-def test_reviews_take_place_as_the_budget_would_and_change_nothing_but_the_criterion(
+def test_reviews_take_place_as_the_budget_would_and_change_nothing_but_the_calibration(
     trained: tuple[ImageSet, AutoWidth],
 ) -> None:
     _, engine = trained
     assert [event.step for event in engine.history] == list(Budget().reviews(engine.total_steps))
+    assert [event.step for event in engine.history] == [1, 2, 3, 4, 5, 6, 7, 8]  # of 12 steps
     assert all(not event.maps and event.fidelity is not None for event in engine.history)
-    assert engine.calibration.coefficients != (1.0, 0.0)
-    assert engine.history.widths_start == engine.widths
+    assert engine.calibration.coefficients != Calibration().coefficients
+    built = trace(build("resnet8", in_channels=1, width=0.4), torch.zeros(1, 1, 8, 8))
+    assert engine.history.widths_start == engine.widths == built.widths
 
 
 def test_images_of_the_truth_were_seen_by_nobody_else(trained: tuple[ImageSet, AutoWidth]) -> None:
@@ -290,7 +310,7 @@ def test_images_of_the_truth_were_seen_by_nobody_else(trained: tuple[ImageSet, A
     assert sum(map(len, truth)) == 100
     assert sum(map(len, scored)) == 96
     assert len(images.train) == 800
-    reviewed = next(iter(fidelity_suite.probe_batches(images, 0).at(0)))[0][:96]
+    reviewed = next(iter(probe_batches(images, 0).at(0)))[0][:96]
     assert not torch.equal(torch.cat(scored), reviewed)  # the first review's: criteria should not know them better
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,8 +16,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
 
 from autowidth.audit import Fold, ablate, named_tensors
 from autowidth.channels import ChannelMap
@@ -26,10 +23,11 @@ from autowidth.engine import AutoWidth, Effort, quiet, settled_norms
 from autowidth.lab.baselines import CRITERIA
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
-from autowidth.lab.loop import decayed_and_not, one_cycle, probe_batches
+from autowidth.lab.loop import Method, probe_batches, train
 from autowidth.lab.models import spec
 from autowidth.lab.plots import fidelity_plot
-from autowidth.lab.prepare import build_network, find_device, load_images
+from autowidth.lab.prepare import find_device, load_images
+from autowidth.lab.result import Result
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.policy import Budget, Decision, Situation
 from autowidth.probe import effective_weights, probe
@@ -101,29 +99,37 @@ def fidelity(
     if kind not in SCALES:
         raise BenchError(f"the suite fidelity does not know the data {data!r}; allowed are digits and cifar10:PATH")
     scale = SCALES[kind]
-    limit, truth = limit or scale.limit, truth or scale.truth
-    units = []
-    for model in models or scale.models:
+    chosen = replace(
+        scale, limit=limit or scale.limit, truth=truth or scale.truth, probe=probe_samples or scale.probe
+    )  # fmt: skip
+    for model in models:
         if ":" not in model:
             spec(model)
-        for seed in seeds:
-            given = {
-                "model": model, "data": data, "width": width, "epochs": epochs or 12, "seed": seed,
-                "batch_size": scale.batch_size, "pool": scale.pool, "threads": 1, "limit": limit + truth,
-                "holdout": truth / (limit + truth),
-            }  # fmt: skip
-            command = f"autowidth bench fidelity --data {nameless(data)} --models {model} --seeds {seed}"
-            settings: dict[str, Any] = {
-                "data": data, "model": model, "seed": seed, "filters": filters,
-                "probe_samples": probe_samples or scale.probe, "shares": list(SHARES),
-                "training": settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out"}),
-            }  # fmt: skip
-            command += f" --epochs {settings['training']['epochs']}"
-            units.append(Unit(name=f"{model}-seed{seed}", settings=settings, command=command))
+    units = tuple(
+        _unit(chosen, {"model": model, "data": data, "width": width, "epochs": epochs or 12, "seed": seed}, filters)
+        for model in models or scale.models
+        for seed in seeds
+    )
     apart = frozenset({"model", "seed"})
     return Suite(
-        name="fidelity", units=tuple(units), run=measure_fidelity, table=fidelity_table, apart=apart, draw=fidelity_plot
+        name="fidelity", units=units, run=measure_fidelity, table=fidelity_table, apart=apart, draw=fidelity_plot
     )
+
+
+def _unit(scale: Scale, asked: Mapping[str, Any], filters: int) -> Unit:
+    """The unit of one network and one seed. Raises SettingsError."""
+    images = scale.limit + scale.truth
+    training = settings_of({
+        **asked, "batch_size": scale.batch_size, "pool": scale.pool, "threads": 1, "limit": images,
+        "holdout": scale.truth / images,
+    })  # fmt: skip
+    data, model, seed = asked["data"], training.model, training.seed
+    settings: dict[str, Any] = {
+        "data": data, "model": model, "seed": seed, "filters": filters, "probe_samples": scale.probe,
+        "shares": list(SHARES), "training": training.model_dump(mode="json", exclude={"data", "model", "seed", "out"}),
+    }  # fmt: skip
+    command = f"autowidth bench fidelity --data {nameless(data)} --models {model} --seeds {seed}"
+    return Unit(name=f"{model}-seed{seed}", settings=settings, command=f"{command} --epochs {training.epochs}")
 
 
 def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
@@ -138,14 +144,17 @@ def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
     scoring = _scoring(images, training.seed, settings["probe_samples"])
     blocks = _blocks(images)
     records: list[Record] = []
-    raw = []
-    for number, (share, engine) in enumerate(watched_run(training, images, settings["shares"])):
-        rng = np.random.default_rng((training.seed, number))
-        look = look_at(engine, scoring, blocks, filters=settings["filters"], rng=rng)
+    raw: list[dict[str, Any]] = []
+
+    def look(share: float, engine: AutoWidth) -> None:
+        rng = np.random.default_rng((training.seed, len(raw)))
+        found = look_at(engine, scoring, blocks, filters=settings["filters"], rng=rng)
         about = {"model": training.model, "data": images.name, "seed": training.seed, "moment": share}
-        samples = {"probe_samples": sum(len(x) for x, _ in scoring), "truth_samples": look.truth_samples}
-        records += [{**about, **record, **samples} for record in judged(look)]
-        raw.append({"moment": share, "step": engine.steps, "total_steps": engine.total_steps, **_columns(look)})
+        samples = {"probe_samples": sum(len(x) for x, _ in scoring), "truth_samples": found.truth_samples}
+        records.extend({**about, **record, **samples} for record in judged(found))
+        raw.append({"moment": share, "step": engine.steps, "total_steps": engine.total_steps, **_columns(found)})
+
+    watched_run(training, images, settings["shares"], look)
     return Outcome(records=records, raw=raw)
 
 
@@ -161,36 +170,22 @@ class Watching(Budget):
         return Decision(plan={})
 
 
-def watched_run(settings: Settings, images: ImageSet, shares: Sequence[float]) -> Iterator[tuple[float, AutoWidth]]:
-    """Trains as `autowidth.lab.loop.train` does, reviewing without resizing; yields its engine after each share.
+def watched_run(
+    settings: Settings, images: ImageSet, shares: Sequence[float], look: Callable[[float, AutoWidth], None]
+) -> Result:
+    """Trains by all of these settings but those of the policy: reviews take place, and resize nothing.
 
-    Seeds the global generators. What is done with the engine between two shares must leave the network as it was.
+    After each of the `shares` of the steps, `look` is called with the share and the engine, of which it must leave the
+    network as it was. Where the settings name no effort, reviews have the default one, however short the run is.
     """
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-    device = images.train.images.device
-    network = build_network(settings, images).to(device)
-    batches = images.training_batches(settings.batch_size, seed=settings.seed)
-    total = settings.epochs * len(batches)
-    optimizer = SGD(decayed_and_not(network, settings.weight_decay), settings.lr, settings.momentum, nesterov=True)
-    schedule = LambdaLR(optimizer, lambda n: one_cycle((n + 1) / (total + 1), settings.warmup))
-    engine = AutoWidth(
-        network, optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=device),
-        probe=probe_batches(images, settings.seed), loss_fn=F.cross_entropy, policy=Watching(), total_steps=total,
-        effort=settings.effort or Effort(), seed=settings.seed,
-    )  # fmt: skip
-    moments = [(max(1, round(share * total)), share) for share in shares]
-    network.train()
-    for x, y in (batch for _ in range(settings.epochs) for batch in batches):
-        loss = F.cross_entropy(network(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        engine.step()
-        for share in (share for step, share in moments if step == engine.steps):
-            yield share, engine
+
+    def watch(engine: AutoWidth) -> None:
+        for share in shares:
+            if engine.steps == max(1, round(share * engine.total_steps)):
+                look(share, engine)
+
+    looked = settings.model_copy(update={"effort": settings.effort or Effort()})
+    return train(looked, images=images, watch=watch, method=Method(policy=Watching()))
 
 
 _SCORING_EPOCH = 2**20
