@@ -496,7 +496,7 @@ def test_places_on_this_machine_are_not_told() -> None:
         f"{m}-seed{s}" for m in ("resnet20", "vgg8", "densenet22") for s in (0, 2)
     ]  # fmt: skip
     assert suite.units[0].settings["data"] == "cifar10:/some/where"
-    told = benches._told("fidelity", suite.units[0], Outcome(records=[], raw=[]), 1.0)
+    told = benches._finished("fidelity", suite.units[0], Outcome(records=[], raw=[]), 1.0)
     assert told["settings"]["data"] == "cifar10:PATH"
     assert "where" not in json.dumps(told)
     assert "--data cifar10:PATH" in suite.units[0].command
@@ -522,6 +522,8 @@ def note(settings: Mapping[str, Any]) -> Outcome:
                 time.sleep(0.01)
         elif word == "fail":
             raise FolderError("this unit went wrong")
+        elif word == "shout":
+            raise FolderError("loud " * 60_000)
         elif word == "crash":
             raise UnsendableError(1, 2)
         elif word == "vanish":
@@ -631,6 +633,31 @@ def test_an_error_ends_the_units_that_run_beside_it(tmp_path: Path, place: Path)
     assert not (tmp_path / "out").exists()
     for log in place.glob("one.log"):  # it may not even have begun
         assert not alive(int(log.read_text().split()[0]))
+
+
+LOUD = """
+import sys
+from pathlib import Path
+from test_bench import notes
+from autowidth.lab.bench import bench
+from autowidth.lab.prepare import FolderError
+if __name__ == "__main__":
+    try:
+        bench(notes(Path(sys.argv[1]), one="shout"), Path(sys.argv[2]), processes=1)
+    except FolderError as error:
+        print(len(str(error)), "in note" in str(error.__cause__))
+"""
+
+
+def test_an_error_of_any_length_comes_out(tmp_path: Path, place: Path) -> None:
+    """More than the 64 kB that a pipe takes before its writer waits for a reader."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+    command = [sys.executable, str(tmp_path / "loud.py"), str(place), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "300000 True\n"
 
 
 def test_a_process_that_vanishes_is_named(tmp_path: Path, place: Path) -> None:
