@@ -25,9 +25,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from autowidth import cli
+from autowidth.__main__ import main
 from autowidth.audit import Calibration, mean_loss, standing_in
 from autowidth.channels import IndexMap
+from autowidth.cli.bench import read_seeds
+from autowidth.cli.door import UsageError
 from autowidth.engine import AutoWidth, quiet, settled_norms
 from autowidth.lab import bench as benches
 from autowidth.lab import suites
@@ -696,13 +698,13 @@ def test_names_that_lead_nowhere() -> None:
 
 @pytest.mark.parametrize(("text", "seeds"), [("0", (0,)), ("3,1,3", (3, 1)), ("0-2", (0, 1, 2)), ("7, 0-1", (7, 0, 1))])
 def test_seeds_are_read(text: str, seeds: tuple[int, ...]) -> None:
-    assert cli.read_seeds(text) == seeds
+    assert read_seeds(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,", "2-1", "-1", "0-5000", "1.5"])
 def test_no_seeds_are_refused(text: str) -> None:
-    with pytest.raises(cli.UsageError, match="names no seeds"):
-        cli.read_seeds(text)
+    with pytest.raises(UsageError, match="names no seeds"):
+        read_seeds(text)
 
 
 def called(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -710,7 +712,7 @@ def called(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["autowidth", *arguments])
     monkeypatch.setattr(sys, "path", sys.path.copy())
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return int(ended.value.code or 0)
 
 

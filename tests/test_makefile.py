@@ -121,7 +121,7 @@ def test_everything_that_is_asked_for_is_pinned() -> None:
 
 
 def test_the_program_and_the_extras_have_the_promised_names() -> None:
-    assert PROJECT["scripts"] == {"autowidth": "autowidth.cli:main"}
+    assert PROJECT["scripts"] == {"autowidth": "autowidth.__main__:main"}
     promised = {"lightning", "onnx", "report", "tensorboard", "hub", "bench", "zoo", "dev"}
     assert set(PROJECT["optional-dependencies"]) == promised
     assert PROJECT["requires-python"] == ">=3.10"

@@ -12,7 +12,6 @@ A unit whose file exists is not run again. Every unit has a process of its own, 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -38,6 +37,7 @@ from numpy.typing import NDArray
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.prepare import FolderError
+from autowidth.version import __version__
 
 Array: TypeAlias = NDArray[np.float64]
 Record: TypeAlias = dict[str, Any]
@@ -350,7 +350,7 @@ def _finished(suite: str, unit: Unit, outcome: Outcome, seconds: float) -> dict[
 def environment() -> dict[str, Any]:
     """Versions, the machine without its name, the revision of the source: what one must know to repeat a figure."""
     return {
-        "autowidth": _version(),
+        "autowidth": __version__,
         "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -362,13 +362,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
     }
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("autowidth")
-    except importlib.metadata.PackageNotFoundError:  # run from the source without an installation
-        return None
 
 
 def _processor() -> str:

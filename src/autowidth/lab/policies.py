@@ -104,8 +104,13 @@ def auto_of(settings: PolicySettings) -> Auto:
     return settings.auto or Auto()
 
 
+def reviewed(settings: PolicySettings) -> bool:
+    """Whether reviews take place by these settings."""
+    return settings.edit
+
+
 def informed(policy: Policy, *, samples: int) -> Policy:
-    """The policy, told how many samples it trains on if it asks for that and has not been told."""
+    """The policy, with the number of samples that it trains on where it asks for that and nobody has given it."""
     return replace(policy, samples=samples) if isinstance(policy, Auto) and policy.samples is None else policy
 
 

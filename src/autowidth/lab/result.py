@@ -19,7 +19,7 @@ Moment = Literal["start", "batches", "review", "epoch"]
 class Progress:
     """Where a run stands.
 
-    `data` tells splits and class counts in a line. `loss` is the mean training loss of this epoch so far, `accuracy`
+    `data` names splits and class counts in a line. `loss` is the mean training loss of this epoch so far, `accuracy`
     that of the last evaluation, None before it.
     `event` is the last review's, None before the first.
     """
@@ -43,7 +43,7 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-"""What is told how a run goes on."""
+"""What is called as a run goes on."""
 
 
 def silent(progress: Progress) -> None:
