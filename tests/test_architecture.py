@@ -51,7 +51,7 @@ FLOORS = {
     "lab.prepare": 4.24,
     "lab.result": 4.24,
     "lab.loop": 4.3,
-    "lab.peers": 4.32,
+    "lab.other_tools": 4.32,
     "lab.methods": 4.34,
     "lab.plots": 4.38,
     "lab.tables": 4.38,

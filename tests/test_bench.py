@@ -32,8 +32,7 @@ from autowidth.cli.bench import read_seeds
 from autowidth.cli.door import UsageError
 from autowidth.engine import AutoWidth, quiet, settled_norms
 from autowidth.lab import bench as benches
-from autowidth.lab import suites
-from autowidth.lab.baselines import CRITERIA
+from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench
 from autowidth.lab.data import ImageSet
 from autowidth.lab.loop import probe_batches, train
@@ -41,7 +40,7 @@ from autowidth.lab.models import build
 from autowidth.lab.plots import fidelity_plot
 from autowidth.lab.prepare import FolderError, load_images
 from autowidth.lab.settings import Settings
-from autowidth.lab.suites import UnknownSuiteError, find_suite
+from autowidth.lab.suites import SUITES, UnknownSuiteError, find_suite, registry
 from autowidth.lab.suites.fidelity import (
     BLOCKS,
     LEAST,
@@ -63,7 +62,7 @@ from autowidth.policy import Budget
 from autowidth.surgery import apply_
 from autowidth.trace import trace
 
-fidelity_suite = sys.modules[fidelity.__module__]  # the function hides the file of its name
+fidelity_suite = sys.modules[fidelity.__module__]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -186,15 +185,16 @@ def test_the_table_shows_means_over_seeds_best_first() -> None:
     about = {"model": "m", "data": "d", "moment": 0.1, "probe_samples": 64, "truth_samples": 40}
     records = [{**about, "seed": 0, **r} for r in judged(small_look())]
     records += [{**r, "seed": 1, "spearman": 0.5} for r in records if r["criterion"] == "same"]
-    lines = [line for line in fidelity_table(records).splitlines() if line.startswith("|")]
-    assert lines[0] == "| criterion | 10% of the run | seconds |"
-    assert lines[2] == "| half | 1.00 / - / 1.00 | 0.00 |"
-    assert lines[3] == "| same | 0.75 / 1.00 / 2.00 | 1.24 |"
-    assert lines[4] == "| contrary | -1.00 / -1.00 | 0.00 |"
-    assert lines[5] == "| dumb | - / - | 0.00 |"
-    assert lines[6] == "| ceiling | / 1.00 | |"
-    assert lines[9] == "| contrary | 1.00 / 1.00 | 0.00 |"
-    assert len(lines) == 14
+    text = fidelity_table(records)
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == ["importance", "10% of the run", "seconds"]
+    assert rows[2] == ["half", "1.00 / - / 1.00", "0.00"]
+    assert rows[3] == ["same", "0.75 / 1.00 / 2.00", "1.24"]
+    assert rows[4] == ["contrary", "-1.00 / -1.00", "0.00"]
+    assert rows[5] == ["dumb", "- / -", "0.00"]
+    assert rows[6] == ["ceiling", "/ 1.00", ""]
+    assert rows[9] == ["contrary", "1.00 / 1.00", "0.00"]
+    assert len(rows) == 14
     assert "Seeds 0, 1" in fidelity_table(records)
 
 
@@ -366,14 +366,14 @@ def test_predictions_are_those_of_each_criterion_for_the_sampled_filters(trained
     images, engine = trained
     scoring = fidelity_suite._scoring(images, 0, 96)
     look = look_at(engine, scoring, [[scoring[0]]], filters=24, rng=np.random.default_rng(0))
-    assert set(look.predictions) == {*OURS, *CRITERIA}
+    assert set(look.predictions) == {*OURS, *IMPORTANCES}
     network, c = engine.model, look.coefficients
     assert c == engine.calibration.coefficients
     both = c[0] * look.predictions["autowidth-next"] + c[1] * look.predictions["autowidth-own"]
     np.testing.assert_allclose(look.predictions["autowidth"], both, rtol=1e-5)
     with quiet(network) as among, settled_norms(network, scoring, among=among):
         for name in ("l1", "taylor-gate", "hrank"):
-            found = CRITERIA[name].worth(
+            found = IMPORTANCES[name].importance(
                 network, engine.channel_map, scoring, F.cross_entropy, generator=torch.Generator()
             )
             expected = [found[g][n].item() for g, n in zip(look.group, look.channel, strict=True)]
@@ -409,7 +409,7 @@ def test_a_real_unit_yields_a_record_for_every_moment_and_criterion(
     results: tuple[Path, list[dict[str, Any]], list[Standing]],
 ) -> None:
     out, records, told = results
-    expected = {(s, t, c) for s in SHARES for t in TRUTHS for c in (*OURS, *CRITERIA)}
+    expected = {(s, t, c) for s in SHARES for t in TRUTHS for c in (*OURS, *IMPORTANCES)}
     assert {(r["moment"], r["truth"], r["criterion"]) for r in records} == expected
     assert len(records) == len(expected)
     for r in records:
@@ -685,6 +685,12 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path, place: Pa
     assert ran(place) == {}
 
 
+def test_the_suites_are_those_of_the_table() -> None:
+    assert set(SUITES) == {"fidelity", "digits", "mini", "cifar10"}
+    with pytest.raises(ValueError, match="two suites are named 'fidelity'"):
+        registry.suite("fidelity")(fidelity)
+
+
 def test_names_that_lead_nowhere() -> None:
     with pytest.raises(UnknownSuiteError, match="did you mean fidelity"):
         find_suite("fidelty")
@@ -725,7 +731,7 @@ def test_the_command_runs_a_suite_and_prints_its_table(
         asked.append(options)
         return notes(place, one="")
 
-    monkeypatch.setattr(suites, "SUITES", {"notes": suite})
+    monkeypatch.setattr(registry, "SUITES", {"notes": suite})
     line = f"bench notes --out {tmp_path / 'out'} --models a,b --seeds 0-1 --epochs 3 --processes 1".split()
     for how in ("took", "was there"):
         assert called(*line, monkeypatch=monkeypatch) == 0

@@ -2,7 +2,7 @@
 
 The order of events:
 
-    check the folder, the device, the data, the model    # what can be known to be wrong is said before training
+    check the folder, the device, the data, the model    # what can be known to be wrong is refused before training
     for every epoch:
         for every batch of augmented training images:
             forward, loss, backward, optimizer step, learning rate step
@@ -33,9 +33,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from autowidth.checkpoint import save
-from autowidth.engine import AutoWidth, Criterion, Effort
+from autowidth.engine import AutoWidth, Effort
 from autowidth.errors import AutoWidthError
-from autowidth.lab.baselines.training import TrainingRule
+from autowidth.lab.baselines.registry import Importance, TrainingRule
 from autowidth.lab.data import Batches, ImageSet, Pictures
 from autowidth.lab.policies import informed
 from autowidth.lab.prepare import ModelError, build_network, check_folder, find_device, load_images
@@ -72,7 +72,7 @@ class Method:
     """
 
     policy: Policy | None = None
-    importance: Criterion | None = None
+    importance: Importance | None = None
     reconstruct: bool = True
     rule: TrainingRule | None = None
 
