@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from torch import Tensor, nn
 from autowidth.channels import IndexMap
 from autowidth.checkpoint import load_, read_run
 from autowidth.cost import count_macs
-from autowidth.engine import Effort, NothingToResizeError
+from autowidth.engine import Effort
 from autowidth.lab.data import CorruptImageError, digits
 from autowidth.lab.loop import (
-    DivergedError,
     Method,
     compiled,
     decayed_and_not,
@@ -36,11 +34,11 @@ from autowidth.lab.loop import (
     probe_batches,
     train,
 )
-from autowidth.lab.models import UnknownModelError, build, resolve
-from autowidth.lab.prepare import DeviceError, FolderError, ModelError, check_folder
+from autowidth.lab.models import build, resolve
+from autowidth.lab.prepare import ModelError
 from autowidth.lab.result import Progress
 from autowidth.lab.settings import Settings, settings_from
-from autowidth.policy import Budget, BudgetError, Decision, Never, Situation
+from autowidth.policy import Budget, Decision, Never, Situation
 
 SHORT = Settings(
     model="resnet8",
@@ -490,67 +488,3 @@ def test_the_probe_is_training_images_as_they_are_in_an_order_of_its_own() -> No
     mean, std = images.mean[0], images.std[0]
     known = {tuple(((x - mean) / std).flatten().round(decimals=4).tolist()) for x in images.train.images}
     assert all(tuple(x.flatten().round(decimals=4).tolist()) in known for xs, _ in probe for x in xs)
-
-
-# ---- at the door -----------------------------------------------------------------------------------------------------
-
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"model": "resnet21"}, UnknownModelError, "resnet20"),
-    ({"model": "vgg16"}, ModelError, "at least 16 x 16.*vgg8"),
-    ({"model": f"{__name__}:broken", "width": 1.0}, ModelError, "no such luck"),
-    ({"model": f"{__name__}:Dropping"}, ModelError, "width"),
-    ({"model": f"{__name__}:Flat", "width": 1.0}, NothingToResizeError, "no channel group"),
-    ({"model": "torch.nn:Identity", "width": 1.0}, ModelError, "one score per class"),
-    ({"model": "torch.nn:LazyBatchNorm1d", "width": 1.0}, ModelError, "does not run on images"),
-    ({"device": "cuda:99"}, DeviceError, "cuda:99"),
-    ({"device": "abacus"}, DeviceError, "allowed are auto, cpu"),
-    ({"budget": Budget(macs=0.001)}, BudgetError, "minimum widths"),
-    ({"budget": Budget(macs=1.5, offer=0.0)}, BudgetError, "offer"),
-    ({"edit": False, "lr": 1e30}, DivergedError, "lower lr, which is 1e"),
-    ({"lr": 1e30}, FloatingPointError, "diverged"),
-]
-
-
-@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED, ids=[f"{next(iter(c))}-{k}" for c, k, _ in REFUSED])
-def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(
-    tmp_path: Path, changes: dict[str, Any], kind: type[Exception], message: str
-) -> None:
-    with pytest.raises(kind, match=message):
-        train(short(out=tmp_path / "a" / "b", **changes))
-    assert list(tmp_path.iterdir()) == []
-
-
-def a_file(folder: Path) -> Path:
-    (folder / "file").touch()
-    return folder / "file"
-
-
-def below_a_file(folder: Path) -> Path:
-    return a_file(folder) / "run"
-
-
-def full_of_other_things(folder: Path) -> Path:
-    (folder / "thesis.tex").touch()
-    return folder
-
-
-@pytest.mark.parametrize("make", [a_file, below_a_file, full_of_other_things])
-def test_a_folder_that_cannot_take_a_run_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    folder = make(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FolderError, match="name a"):
-        check_folder(folder)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_folder_of_a_run_and_a_new_one_are_taken_and_left_as_they_were(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "run.json").touch()
-    (tmp_path / "old" / "notes.txt").touch()
-    (tmp_path / "cut short").mkdir()
-    (tmp_path / "cut short" / ".run.json.0123456789abcdef").touch()
-    (tmp_path / "empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    for name in ("old", "cut short", "empty", "new", "new/and/deep"):
-        check_folder(tmp_path / name)
-    assert sorted(tmp_path.rglob("*")) == before
