@@ -44,7 +44,7 @@ help:  ## show this list
 .venv/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "autowidth needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv --clear .venv
-	$(PIP) --editable .
+	$(PIP) --editable '.[lab]'
 	touch $@
 
 .venv/.dev: .venv/.runtime

@@ -1,9 +1,10 @@
-"""Published criteria against numbers worked out by hand and against slow references written another way."""
+"""Published importance measures against numbers worked out by hand and against slow references written another way."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap, IndexMap, ParamAxis, Place
 from autowidth.engine import resize_
-from autowidth.lab.baselines import CRITERIA, bn_scale, entropy, fpgm, hrank, linear_dependency, obd, taylor
+from autowidth.lab.baselines import (
+    IMPORTANCES,
+    TRAINING_RULES,
+    bn_scale,
+    entropy,
+    fpgm,
+    hrank,
+    linear_dependency,
+    obd,
+    registry,
+    taylor_gate,
+)
 from autowidth.lab.baselines.calls import watched
 from autowidth.lab.models import DenseNet
 from autowidth.trace import trace
@@ -49,7 +61,7 @@ class Case:
 
 def worths(name: str, model: nn.Module, channel_map: ChannelMap, batches: Batches, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return CRITERIA[name].worth(model, channel_map, batches, F.cross_entropy, generator=generator)
+    return IMPORTANCES[name].importance(model, channel_map, batches, F.cross_entropy, generator=generator)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -59,67 +71,115 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 # ---- laws of all of them ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("net", "criterion"), [(n, c) for n in NETS for c in CRITERIA])
-def test_every_filter_gets_a_number_and_the_model_stays_as_it_was(net: str, criterion: str) -> None:
+@pytest.mark.parametrize(("net", "measure"), [(n, c) for n in NETS for c in IMPORTANCES])
+def test_every_filter_gets_a_number_and_the_model_stays_as_it_was(net: str, measure: str) -> None:
     case = Case(net)
     before = bits(case.model)
-    found = worths(criterion, case.model, case.channel_map, case.batches)
+    found = worths(measure, case.model, case.channel_map, case.batches)
     assert {name: tuple(w.shape) for name, w in found.items()} == {n: (w,) for n, w in case.channel_map.widths.items()}
     for w in found.values():
         assert w.dtype == torch.float32
         assert not w.requires_grad
-        assert torch.isfinite(w).all() or (criterion in OF_NORMS and torch.isnan(w).all())
+        assert torch.isfinite(w).all() or (measure in OF_NORMS and torch.isnan(w).all())
     assert bits(case.model) == before
     assert all(p.grad is None for p in case.model.parameters())
     assert not case.model.training
 
 
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "random"])
+@pytest.mark.parametrize("measure", [c for c in IMPORTANCES if c != "random"])
 @pytest.mark.parametrize("net", ["Plain", "Projection", "Dense", "Flatten"])
-def test_the_order_of_channels_does_not_matter(net: str, criterion: str) -> None:
+def test_the_order_of_channels_does_not_matter(net: str, measure: str) -> None:
     case = Case(net)
-    before = worths(criterion, case.model, case.channel_map, case.batches)
+    before = worths(measure, case.model, case.channel_map, case.batches)
     other = copy.deepcopy(case.model)
     orders = {name: tuple(reversed(range(width))) for name, width in case.channel_map.widths.items()}
     plan = {name: IndexMap(order, len(order)) for name, order in orders.items()}
-    after = worths(criterion, other, resize_(other, plan, example_inputs=case.x), case.batches)
+    after = worths(measure, other, resize_(other, plan, example_inputs=case.x), case.batches)
     for name, order in orders.items():
         torch.testing.assert_close(after[name], before[name][list(order)], rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c not in PER_BATCH])
-def test_how_the_data_are_cut_into_batches_does_not_matter(criterion: str) -> None:
+@pytest.mark.parametrize("measure", [c for c in IMPORTANCES if c not in PER_BATCH])
+def test_how_the_data_are_cut_into_batches_does_not_matter(measure: str) -> None:
     case = Case("Projection")
-    whole = worths(criterion, case.model, case.channel_map, [(case.x, case.y)])
-    parts = worths(criterion, case.model, case.channel_map, case.batches)
+    whole = worths(measure, case.model, case.channel_map, [(case.x, case.y)])
+    parts = worths(measure, case.model, case.channel_map, case.batches)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_data_count_where_they_should(criterion: str) -> None:
+@pytest.mark.parametrize("measure", IMPORTANCES)
+def test_data_count_where_they_should(measure: str) -> None:
     case = Case("Projection")
-    found = worths(criterion, case.model, case.channel_map, [(case.x, case.y)])
-    other = worths(criterion, case.model, case.channel_map, [(case.x.flip(0) * 2 + case.x, case.y)])
+    found = worths(measure, case.model, case.channel_map, [(case.x, case.y)])
+    other = worths(measure, case.model, case.channel_map, [(case.x.flip(0) * 2 + case.x, case.y)])
     changed = any(not torch.equal(found[name].nan_to_num(), other[name].nan_to_num()) for name in found)
-    assert changed == (criterion not in DATA_FREE)
+    assert changed == (measure not in DATA_FREE)
 
 
-def test_only_criteria_that_predict_a_loss_change_have_a_unit() -> None:
+def test_only_measures_that_predict_a_loss_change_have_a_unit() -> None:
     """Twice the loss is twice the worth for these (squared for gradients squared), and nothing to the others."""
     case = Case("Projection")
     powers = {}
-    for name, criterion in CRITERIA.items():
+    for name, published in IMPORTANCES.items():
         generator = torch.Generator().manual_seed(0)
-        twice = criterion.worth(
+        twice = published.importance(
             case.model, case.channel_map, case.batches, lambda p, t: 2 * F.cross_entropy(p, t), generator=generator
         )
         once = worths(name, case.model, case.channel_map, case.batches)
         ratio = torch.cat([twice[n] / once[n] for n in once]).nanmedian().item()
         powers[name] = round(np.log2(ratio))
     # The Fisher information stands for a Hessian, which is linear in the loss; its estimate from gradients is not.
-    assert powers == dict.fromkeys(CRITERIA, 0) | {"taylor-gate": 1, "obd": 2, "obd-kron": 2, "taylor": 2}
-    assert {n for n, c in CRITERIA.items() if c.unit == "nats"} == {"taylor-gate", "obd", "obd-kron"}
+    assert powers == dict.fromkeys(IMPORTANCES, 0) | {"taylor-gate": 1, "obd": 2, "obd-kron": 2, "taylor": 2}
+    assert {n for n, c in IMPORTANCES.items() if c.unit == "nats"} == {"taylor-gate", "obd", "obd-kron"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is to be known of a measure: its unit, whether it ranks layers or the network, its source."""
+
+    unit: str | None
+    scope: str
+    source: str
+
+
+MEASURES = {
+    "bn-scale": Row(None, "network", "1708.06519"),
+    "channel-lasso": Row(None, "layer", "1707.06168"),
+    "entropy": Row(None, "layer", "Hur and Kang 2018"),
+    "fpgm": Row(None, "layer", "1811.00250"),
+    "hrank": Row(None, "layer", "2002.10179"),
+    "hrel": Row(None, "layer", "2202.10716"),
+    "l1": Row(None, "layer", "1608.08710"),
+    "l2": Row(None, "layer", "1608.08710"),
+    "linear-dependency": Row(None, "layer", "ICASSP"),
+    "nisp": Row(None, "layer", "1711.05908"),
+    "obd": Row("nats", "network", "LeCun"),
+    "obd-kron": Row("nats", "network", "1905.05934"),
+    "random": Row(None, "layer", "chance"),
+    "sparse-structure": Row(None, "network", "1707.01213"),
+    "taylor": Row(None, "network", "1906.10771"),
+    "taylor-gate": Row("nats", "network", "1906.10771"),
+}
+RULES = {"asymptotic": "l2", "slimming": "bn-scale", "soft": "l2", "sparse-structure": "sparse-structure"}
+"""The measure that removes what a training rule has prepared."""
+
+
+def test_the_registry_holds_what_the_table_says() -> None:
+    assert {name: (p.name, p.unit, p.scope) for name, p in IMPORTANCES.items()} == {
+        name: (name, row.unit, row.scope) for name, row in MEASURES.items()
+    }
+    assert [name for name, row in MEASURES.items() if row.source not in IMPORTANCES[name].source] == []
+    assert {name: p.importance for name, p in TRAINING_RULES.items()} == RULES
+    assert set(RULES.values()) <= set(IMPORTANCES)
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ValueError, match="two importance measures are named 'l1'"):
+        registry.importance(name="l1", unit=None, scope="layer", source="")(bn_scale.importance)
+    with pytest.raises(ValueError, match="two training rules are named 'soft'"):
+        registry.training_rule(name="soft", importance="l2", source="")(TRAINING_RULES["soft"].schedule)
+    assert len(IMPORTANCES) == len(MEASURES)
 
 
 # ---- weights alone ---------------------------------------------------------------------------------------------------
@@ -134,21 +194,21 @@ def test_norms_of_filters_are_those_of_their_weights() -> None:
         assert l2 == pytest.approx(sum(w * w for w in filter_) ** 0.5)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "fpgm", "entropy"])
-def test_on_a_residual_stream_the_writers_add_up(criterion: str) -> None:
+@pytest.mark.parametrize("measure", ["l1", "l2", "fpgm", "entropy"])
+def test_on_a_residual_stream_the_writers_add_up(measure: str) -> None:
     case = Case("Identity")
     group = max(case.channel_map.groups, key=lambda g: len(g.with_role("write")))
     writers = group.with_role("write")
     assert len(writers) > 1
-    total = worths(criterion, case.model, case.channel_map, [])[group.name]
+    total = worths(measure, case.model, case.channel_map, [])[group.name]
     single = torch.zeros_like(total)
     for place in writers:
         alone = copy.deepcopy(case.model)
         for other in writers:
             if other != place:  # equal filters are at no distance, have no norm, and as much information as any
                 alone.get_parameter(other.axis.name).data.zero_()
-        single += worths(criterion, alone, case.channel_map, [])[group.name]
-    silent = (len(writers) - 1) * len(writers) * (-0.5 if criterion == "entropy" else 0.0)
+        single += worths(measure, alone, case.channel_map, [])[group.name]
+    silent = (len(writers) - 1) * len(writers) * (-0.5 if measure == "entropy" else 0.0)
     torch.testing.assert_close(single, total + silent)
 
 
@@ -170,7 +230,7 @@ def test_a_norms_scales_are_taken_without_sign_and_added_along_a_stream() -> Non
 
 def test_without_a_norm_its_scale_says_nothing() -> None:
     case = Case("Flatten")
-    found = bn_scale.worth(case.model, case.channel_map, [], F.cross_entropy, generator=torch.Generator())
+    found = bn_scale.importance(case.model, case.channel_map, [], F.cross_entropy, generator=torch.Generator())
     assert all(torch.isnan(w).all() for w in found.values())
 
 
@@ -268,7 +328,7 @@ def test_taylor_on_gates_is_the_mean_size_of_the_slope_along_the_readers(net: st
 
 def test_a_gate_in_front_of_all_readers_is_minus_the_first_order_of_removal() -> None:
     case = Case("Projection", dtype=torch.float64)
-    signed = taylor.gates(case.model, case.channel_map, case.x, case.y, F.cross_entropy)
+    signed = taylor_gate.gates(case.model, case.channel_map, case.x, case.y, F.cross_entropy)
     for group in case.channel_map.groups:
         slopes = [slope(case, group.with_role("read"), c, case.x, case.y) for c in range(group.width)]
         np.testing.assert_allclose(signed[group.name].mean(0).numpy(), slopes, rtol=1e-4, atol=1e-9)
@@ -331,7 +391,7 @@ def test_ranks_by_hand() -> None:
     x[0, 1, :3, :3] = torch.eye(3)
     x[0, 2] = torch.eye(8)
     x[1, 2] = -torch.eye(8)  # stopped by the activation
-    found = hrank.worth(model, channel_map, [(x, torch.zeros(2))], F.cross_entropy, generator=torch.Generator())
+    found = hrank.importance(model, channel_map, [(x, torch.zeros(2))], F.cross_entropy, generator=torch.Generator())
     assert found["first"].tolist() == [0.5, 2.0, 4.0]
 
 

@@ -1,4 +1,4 @@
-"""More published criteria, and what published methods do in training, against hand-made numbers and slow references."""
+"""More published measures, and what published methods do in training, against hand-made numbers and slow references."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.engine import resize_
 from autowidth.lab.baselines import (
-    CRITERIA,
-    TRAINING,
+    IMPORTANCES,
+    TRAINING_RULES,
     asymptotic,
     channel_lasso,
     hrel,
@@ -33,19 +33,21 @@ from autowidth.trace import trace
 from nets import Headed, conv, example, settle
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-Worth = Callable[..., dict[str, Tensor]]
+Measure = Callable[..., dict[str, Tensor]]
 
-WORTHS: dict[str, Worth] = {
-    "nisp": nisp.worth,
-    "channel-lasso": channel_lasso.worth,
-    "sparse-structure": sparse_structure.worth,
-    "hrel": hrel.worth,
+FOUR: dict[str, Measure] = {
+    "nisp": nisp.importance,
+    "channel-lasso": channel_lasso.importance,
+    "sparse-structure": sparse_structure.importance,
+    "hrel": hrel.importance,
 }
 LABORATORY = ("resnet20", "vgg8", "densenet22", "googlenet")
 
 
-def ask(worth: Worth, model: nn.Module, channel_map: ChannelMap, batches: Batches, seed: int = 0) -> dict[str, Tensor]:
-    return worth(model, channel_map, batches, F.cross_entropy, generator=torch.Generator().manual_seed(seed))
+def ask(
+    measure: Measure, model: nn.Module, channel_map: ChannelMap, batches: Batches, seed: int = 0
+) -> dict[str, Tensor]:
+    return measure(model, channel_map, batches, F.cross_entropy, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny(name: str, count: int = 6) -> tuple[nn.Module, ChannelMap, Tensor, Tensor]:
@@ -73,12 +75,12 @@ def laboratory(name: str) -> tuple[nn.Module, ChannelMap, Tensor, Tensor]:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WORTHS)
+@pytest.mark.parametrize("name", FOUR)
 @pytest.mark.parametrize("net", LABORATORY)
 def test_the_networks_of_the_laboratory_are_ranked(net: str, name: str) -> None:
     model, channel_map, x, y = laboratory(net)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    found = ask(WORTHS[name], model, channel_map, [(x[:5], y[:5]), (x[5:], y[5:])])
+    found = ask(FOUR[name], model, channel_map, [(x[:5], y[:5]), (x[5:], y[5:])])
     assert {n: tuple(w.shape) for n, w in found.items()} == {n: (w,) for n, w in channel_map.widths.items()}
     assert all(torch.isfinite(w).all() and w.dtype == torch.float32 and not w.requires_grad for w in found.values())
     differ = [w.max() > w.min() for w in found.values() if len(w) > 1]
@@ -87,18 +89,18 @@ def test_the_networks_of_the_laboratory_are_ranked(net: str, name: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", WORTHS)
+@pytest.mark.parametrize("name", FOUR)
 def test_the_tables_have_a_row_for_each(name: str) -> None:
-    assert CRITERIA[name].worth is WORTHS[name]
-    assert CRITERIA[name].unit is None
+    assert IMPORTANCES[name].importance is FOUR[name]
+    assert IMPORTANCES[name].unit is None
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", TRAINING_RULES)
 @pytest.mark.parametrize("net", LABORATORY)
 def test_the_networks_of_the_laboratory_train_under_every_rule(net: str, name: str) -> None:
     model, channel_map, x, y = laboratory(net)
     plain = copy.deepcopy(model)
-    rule = TRAINING[name](widths_left=0.5)
+    rule = TRAINING_RULES[name].schedule(widths_left=0.5)
     for network, active in ((model, True), (plain, False)):
         optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
         for step in range(2):
@@ -118,8 +120,8 @@ def test_the_networks_of_the_laboratory_train_under_every_rule(net: str, name: s
 
 
 def test_every_run_has_a_rule_of_its_own() -> None:
-    for make in TRAINING.values():
-        assert make(widths_left=0.5) is not make(widths_left=0.5)
+    for published in TRAINING_RULES.values():
+        assert published.schedule(widths_left=0.5) is not published.schedule(widths_left=0.5)
 
 
 # ---- NISP ------------------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def test_worth_is_in_units_of_the_mean_of_the_layer() -> None:
     model = perceptron()
     channel_map = trace(model, torch.zeros(2, 2))
     x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-    found = ask(nisp.worth, model, channel_map, [(x[:7], x), (x[7:], x)])
+    found = ask(nisp.importance, model, channel_map, [(x[:7], x), (x[7:], x)])
     scores = nisp.final_scores(model[:4](x).detach().numpy())
     last = torch.tensor(scores)
     first = last @ model.get_parameter("2.weight").abs().double()
@@ -230,7 +232,7 @@ def test_scores_go_back_along_both_ways_of_a_residual_block() -> None:
 
 def test_on_a_stream_no_path_counts_twice_and_the_readers_add_up() -> None:
     model, channel_map, x, y = tiny("Projection")
-    found = ask(nisp.worth, model, channel_map, [(x, y)])
+    found = ask(nisp.importance, model, channel_map, [(x, y)])
     _, calls = watched(model, lambda: model(x))
     final = torch.tensor(nisp.final_scores(calls[-1].source.detach().numpy()))
     scores = nisp.propagated(model, x[:1], final)
@@ -400,7 +402,7 @@ def test_leaving_is_averaged_over_readers_that_are_run_channel_by_channel(
     monkeypatch.setattr(channel_lasso, "_PATCHES", 10**6)
     monkeypatch.setattr(channel_lasso, "_VALUES", 100)  # several pieces
     model, channel_map, x, y = tiny(net)
-    found = ask(channel_lasso.worth, model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])])
+    found = ask(channel_lasso.importance, model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])])
     came_in: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda m, i, n=name: came_in.update({n: i[0].detach()}))
@@ -432,7 +434,7 @@ def test_leaving_is_averaged_over_readers_that_are_run_channel_by_channel(
 
 def test_the_seed_decides_which_patches_are_looked_at() -> None:
     model, channel_map, x, y = tiny("Projection")
-    one, same, other = (ask(channel_lasso.worth, model, channel_map, [(x, y)], seed)["stem"] for seed in (0, 0, 1))
+    one, same, other = (ask(channel_lasso.importance, model, channel_map, [(x, y)], seed)["stem"] for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -471,7 +473,7 @@ def layer_width(rows: np.ndarray, labels: np.ndarray) -> float:
 def test_relevance_from_eigenvalues_of_kernels_written_out(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, channel_map, x, y = tiny(net, count=12)
     monkeypatch.setattr(hrel, "_SAMPLES", 6)
-    found = ask(hrel.worth, model, channel_map, [(x[:5], y[:5]), (x[5:], y[5:])])
+    found = ask(hrel.importance, model, channel_map, [(x[:5], y[:5]), (x[5:], y[5:])])
     written: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, i, o, n=name: written.update({n: o.detach()}))
@@ -504,12 +506,12 @@ def test_layers_that_write_nothing_new_have_a_kernel_too() -> None:
 
 def test_numbers_for_targets_are_vectors_and_anything_else_says_nothing() -> None:
     model, channel_map, x, y = tiny("Plain")
-    by_label = ask(hrel.worth, model, channel_map, [(x, y)])
-    by_vector = ask(hrel.worth, model, channel_map, [(x, F.one_hot(y).double())])
+    by_label = ask(hrel.importance, model, channel_map, [(x, y)])
+    by_vector = ask(hrel.importance, model, channel_map, [(x, F.one_hot(y).double())])
     for name in by_label:
         torch.testing.assert_close(by_label[name], by_vector[name])
     pairs = [(x, (y, y))]
-    assert all(torch.isnan(w).all() for w in ask(hrel.worth, model, channel_map, pairs).values())  # type: ignore[arg-type]
+    assert all(torch.isnan(w).all() for w in ask(hrel.importance, model, channel_map, pairs).values())  # type: ignore[arg-type]
 
 
 # ---- scales and factors ----------------------------------------------------------------------------------------------
@@ -597,7 +599,7 @@ def test_factors_inside_the_norms_train_as_factors_behind_them() -> None:
         torch.testing.assert_close(model.get_parameter("conv1.weight"), explicit.plain.get_parameter("conv1.weight"))
     factors = torch.cat([f.data for f in explicit.factors])
     assert factors.min() == 0 < factors.max()
-    found = ask(sparse_structure.worth, model, channel_map, [])
+    found = ask(sparse_structure.importance, model, channel_map, [])
     assert torch.equal(torch.cat([found["conv1"], found["conv2"]]) == 0, factors == 0)
 
 
@@ -623,9 +625,9 @@ def test_the_length_of_scale_and_bias() -> None:
     model, channel_map, _, _ = tiny("Plain")
     model.get_parameter("norm1.weight").data.copy_(torch.tensor([-3.0, 0.0, 1.0, 0.0]))
     model.get_parameter("norm1.bias").data.copy_(torch.tensor([4.0, 2.0, 0.0, 0.0]))
-    assert ask(sparse_structure.worth, model, channel_map, [])["conv1"].tolist() == [5, 2, 1, 0]
+    assert ask(sparse_structure.importance, model, channel_map, [])["conv1"].tolist() == [5, 2, 1, 0]
     model, channel_map, _, _ = tiny("Flatten")
-    assert all(torch.isnan(w).all() for w in ask(sparse_structure.worth, model, channel_map, []).values())
+    assert all(torch.isnan(w).all() for w in ask(sparse_structure.importance, model, channel_map, []).values())
 
 
 # ---- soft pruning ----------------------------------------------------------------------------------------------------
@@ -748,7 +750,7 @@ def test_the_asymptotic_rule_zeroes_few_filters_at_first() -> None:
     counts = {}
     for name, progress in itertools.product(("soft", "asymptotic"), (0.02, 1 / 8, 1.0)):
         trained = copy.deepcopy(model)
-        TRAINING[name](widths_left=0.4).after_epoch(trained, channel_map, progress)
+        TRAINING_RULES[name].schedule(widths_left=0.4).after_epoch(trained, channel_map, progress)
         counts[name, progress] = len(zeroed(trained, channel_map, "0"))
     assert [counts["soft", p] for p in (0.02, 1 / 8, 1.0)] == [24, 24, 24]
     assert counts["asymptotic", 0.02] < 0.3 * 24

@@ -17,15 +17,17 @@ import pytest
 import torch
 
 from autowidth import cli
+from autowidth.__main__ import main
 from autowidth.channels import ChannelMap
 from autowidth.checkpoint import load_, read_run
 from autowidth.cost import macs_cost, params_cost
 from autowidth.lab.models import build
-from autowidth.lab.train import Settings
+from autowidth.lab.settings import Settings
 from autowidth.trace import trace
+from autowidth.version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROGRAM = [sys.executable, "-m", "autowidth.cli"]
+PROGRAM = [sys.executable, "-m", "autowidth"]
 CONFIG = """
 model = "resnet8"
 width = 0.5
@@ -86,7 +88,7 @@ def called(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["autowidth", *arguments])
     monkeypatch.setattr(sys, "path", sys.path.copy())
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     code = ended.value.code
     assert code is None or isinstance(code, int)
     return code or 0
@@ -152,6 +154,27 @@ def test_train_into_a_pipe_prints_plain_lines_and_a_table(folder: Path) -> None:
 def _traced(result: dict[str, Any]) -> ChannelMap:
     network = build("resnet8", in_channels=1, width=0.5)
     return load_(network, result["out"], example_inputs=torch.zeros(1, 1, 8, 8))
+
+
+def test_epochs_that_are_not_evaluated_have_a_line_without_accuracy(folder: Path) -> None:
+    (folder.parent / "looks.toml").write_text(f"looks = 2\n{CONFIG}")
+    done = program("train", "--config", "../looks.toml", "--epochs", "4", "--no-edit", "--out", "here")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = re.findall(r"^epoch (\d)/4  loss [\d.]+  accuracy +(\S+)  MACs", done.stdout, flags=re.MULTILINE)
+    assert [(epoch, said == "-") for epoch, said in found] == [("1", True), ("2", False), ("3", False), ("4", False)]
+
+
+def test_the_environment_overrules_the_file_and_is_overruled_by_an_option(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOWIDTH_SEED", "3")
+    monkeypatch.setenv("AUTOWIDTH_EPOCHS", "5")
+    line = ("train", "--config", "../run.toml", "--epochs", "1", "--params", "0.7", "--out", "here", "--quiet")
+    assert program(*line).returncode == 0
+    settings = Settings.model_validate(read_run("here").extra["settings"])
+    assert (settings.seed, settings.epochs, settings.limit) == (3, 1, 192)
+    assert settings.budget is not None
+    assert (settings.budget.params, settings.budget.macs, settings.budget.count) == (0.7, None, 2)
 
 
 def test_train_on_ones_own_network_without_reviews(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,10 +312,44 @@ def test_a_mistake_has_no_traceback_unless_asked_for(
 
 
 def test_a_bug_is_not_blamed_on_the_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "look_at", lambda *_: [][1])
+    monkeypatch.setattr(cli.inspect, "inspected", lambda *_: [][1])
     monkeypatch.setattr(sys, "argv", ["autowidth", "inspect", "resnet20"])
     with pytest.raises(IndexError):
-        cli.main()
+        main()
+
+
+def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert called("--version", monkeypatch=monkeypatch) == 0
+    assert capfd.readouterr().out == f"autowidth {__version__}\n"
+
+
+BARE = """
+import sys
+for name in ("typer", "pydantic"):
+    sys.modules[name] = None
+sys.argv = ["autowidth", "train"]
+from autowidth.__main__ import main
+main()
+"""
+
+
+def test_without_the_packages_of_the_laboratory_one_sentence_says_what_to_install(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=environment(), timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "not installed here (pydantic, typer): pip install 'autowidth[lab]'" in done.stderr
+
+
+def test_the_command_leaves_the_module_path_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "json.py").write_text("raise RuntimeError('not the json of Python')")
+    monkeypatch.setattr(sys, "argv", ["autowidth", "inspect", "resnet8", "--json"])
+    before = sys.path.copy()
+    with pytest.raises(SystemExit):
+        main()
+    assert sys.path == before
+    assert json.loads(capfd.readouterr().out)["model"] == "resnet8"
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------
@@ -317,7 +374,7 @@ def test_inspect_as_json_says_what_the_trace_says(
     assert book["params"] == sum(p.numel() for p in network.parameters())
 
 
-def test_inspect_prints_every_group_and_every_frozen_axis(folder: Path) -> None:
+def test_inspect_prints_every_group_and_every_reason_why_axes_are_frozen(folder: Path) -> None:
     (folder / "my_net.py").write_text(NETWORK)
     done = program("inspect", "my_net:Net", "--input", "1,3,8,8")
     assert (done.returncode, done.stderr) == (0, "")
@@ -325,8 +382,8 @@ def test_inspect_prints_every_group_and_every_frozen_axis(folder: Path) -> None:
     # One channel: 27 weights at 6 x 6 pixels and 16 x 10 in the head; 27 + 1 + 160 parameters.
     assert ["first", "6", f"{27 * 36 + 160:,}", "188"] in [line[:4] for line in lines]
     assert "read by 1 (16 copies)" in done.stdout
-    assert ["first.weight[dim 1]", "3 of 3", "model input"] in lines
-    assert ["head.weight[dim 0]", "10 of 10", "model output"] in lines
+    assert ["model input", "1", "first.weight[dim 1]"] in lines
+    assert ["model output", "2", "head.weight[dim 0], head.bias[dim 0]"] in lines
     totals = f"{6 * (27 * 36 + 160):,} MACs per sample, {6 * 188 + 10:,} parameters, 6 channels in 1 channel groups"
     assert totals in done.stdout
 

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
+import autowidth
+from autowidth.lab import PACKAGES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+TABLES = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+PROJECT, TOOLS = TABLES["project"], TABLES["tool"]
 PINS = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 FILES = ("Makefile", "pyproject.toml", "constraints.txt")
 
@@ -61,6 +65,7 @@ def test_make_alone_is_the_demo_and_installs_only_what_it_needs(copy: Path) -> N
     assert len(installs) == 1
     assert "--constraint constraints.txt" in installs[0]
     assert "dev" not in installs[0]
+    assert installs[0].endswith("--editable .[lab]")
 
 
 def test_the_environment_is_made_once(copy: Path) -> None:
@@ -112,7 +117,9 @@ def test_every_pin_is_exact_and_portable() -> None:
 
 
 def test_everything_that_is_asked_for_is_pinned() -> None:
-    asked = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    extras = PROJECT["optional-dependencies"]
+    asked = [*PROJECT["dependencies"], *extras["lab"], *extras["bench"], *extras["dev"]]
+    asked = [requirement for requirement in asked if requirement != "autowidth[lab]"]
     pinned = {normal(pin) for pin in PINS}
     assert {normal(requirement) for requirement in asked} <= pinned
     # A pin for one side of Python 3.11 needs its twin, unless only old Pythons need the package.
@@ -121,7 +128,30 @@ def test_everything_that_is_asked_for_is_pinned() -> None:
 
 
 def test_the_program_and_the_extras_have_the_promised_names() -> None:
-    assert PROJECT["scripts"] == {"autowidth": "autowidth.cli:main"}
-    promised = {"lightning", "onnx", "report", "tensorboard", "hub", "bench", "zoo", "dev"}
+    assert PROJECT["scripts"] == {"autowidth": "autowidth.__main__:main"}
+    promised = {"lab", "hub", "bench", "zoo", "dev"}
     assert set(PROJECT["optional-dependencies"]) == promised
     assert PROJECT["requires-python"] == ">=3.10"
+    assert all("autowidth[lab]" in asked for extra, asked in PROJECT["optional-dependencies"].items() if extra != "lab")
+
+
+def test_the_library_alone_needs_four_packages() -> None:
+    assert {normal(requirement) for requirement in PROJECT["dependencies"]} == {
+        "torch",
+        "numpy",
+        "scipy",
+        "safetensors",
+    }
+
+
+def test_the_laboratory_names_the_packages_of_its_extra() -> None:
+    imported = {"pillow": "PIL", "scikit-learn": "sklearn", "pydantic-settings": "pydantic_settings"}
+    names = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["lab"]} - {"tomli"}
+    assert {imported.get(name, name) for name in names} == set(PACKAGES)
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert PROJECT["dynamic"] == ["version"]
+    assert "version" not in PROJECT
+    read = (REPOSITORY / TOOLS["hatch"]["version"]["path"]).read_text()
+    assert re.findall(r'^__version__ = "(.*)"$', read, flags=re.MULTILINE) == [autowidth.__version__]

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autowidth.cost import count_macs, macs_cost
+from autowidth.lab.loop import Method, probe_batches, train
 from autowidth.lab.methods import (
     METHODS,
     OneShot,
@@ -25,9 +26,9 @@ from autowidth.lab.methods import (
     uniform_widths,
 )
 from autowidth.lab.models import build
-from autowidth.lab.peers import (
+from autowidth.lab.other_tools import (
     SEEN,
-    PeerError,
+    MissingToolError,
     UnfitModelError,
     gromo_grown,
     growing_network,
@@ -35,7 +36,8 @@ from autowidth.lab.peers import (
     inner_widths,
     torch_pruned,
 )
-from autowidth.lab.train import Method, Settings, load_images, probe_batches, train
+from autowidth.lab.prepare import load_images
+from autowidth.lab.settings import Settings
 from autowidth.policy import Books, Budget, BudgetError, Costs, Never, Situation
 from autowidth.trace import trace
 
@@ -172,7 +174,7 @@ def test_uniform_widths_cost_at_most_the_target_and_leave_little_of_it(share: fl
     assert cost.at({name: width + 1 for name, width in widths.items()}) > share * cost.at(start)
 
 
-# ---- peers -----------------------------------------------------------------------------------------------------------
+# ---- other tools ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,10 +291,10 @@ def test_gromo_refuses_a_target_below_one_channel() -> None:
         growth_plan("resnet8", load_images(QUICK), 10)
 
 
-def test_a_peer_that_is_not_installed_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_is_not_installed_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gromo", "gromo.containers", "gromo.containers.resnet"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(PeerError, match=r"pip install 'autowidth\[bench\]'"):
+    with pytest.raises(MissingToolError, match=r"pip install 'autowidth\[bench\]'"):
         growth_plan("resnet8", load_images(QUICK), 1e6)
 
 

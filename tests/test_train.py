@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,28 +23,22 @@ from torch import Tensor, nn
 from autowidth.channels import IndexMap
 from autowidth.checkpoint import load_, read_run
 from autowidth.cost import count_macs
-from autowidth.engine import Effort, NothingToResizeError
+from autowidth.engine import Effort
 from autowidth.lab.data import CorruptImageError, digits
-from autowidth.lab.models import UnknownModelError, build, resolve
-from autowidth.lab.train import (
-    DeviceError,
-    DivergedError,
-    FolderError,
+from autowidth.lab.loop import (
     Method,
-    ModelError,
-    Progress,
-    Settings,
-    SettingsError,
-    check_folder,
     compiled,
     decayed_and_not,
     evaluate,
     one_cycle,
     probe_batches,
-    settings_from,
     train,
 )
-from autowidth.policy import Budget, BudgetError, Decision, Never, Situation
+from autowidth.lab.models import build, resolve
+from autowidth.lab.prepare import ModelError
+from autowidth.lab.result import Progress
+from autowidth.lab.settings import Settings, settings_from
+from autowidth.policy import Budget, Decision, Never, Situation
 
 SHORT = Settings(
     model="resnet8",
@@ -345,6 +338,14 @@ def test_an_average_that_keeps_nothing_is_the_network_even_after_surgery() -> No
         torch.testing.assert_close(result.network.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_who_watches_sees_the_engine_after_every_step_and_its_reviews() -> None:
+    seen: list[tuple[int, int]] = []
+    result = train(SHORT, watch=lambda engine: seen.append((engine.steps, len(engine.history))))
+    steps = [event.step for event in result.history]
+    assert seen == [(n, sum(step <= n for step in steps)) for n in range(1, 13)]
+    assert len(steps) == 3
+
+
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -487,124 +488,3 @@ def test_the_probe_is_training_images_as_they_are_in_an_order_of_its_own() -> No
     mean, std = images.mean[0], images.std[0]
     known = {tuple(((x - mean) / std).flatten().round(decimals=4).tolist()) for x in images.train.images}
     assert all(tuple(x.flatten().round(decimals=4).tolist()) in known for xs, _ in probe for x in xs)
-
-
-# ---- at the door -----------------------------------------------------------------------------------------------------
-
-WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"epochs": 0}, r"'epochs'.*greater than or equal to 1, got 0"),
-    ({"epochs": "many"}, r"'epochs'.*integer.*'many'"),
-    ({"epochz": 3}, r"no setting is named 'epochz'.*did you mean epochs"),
-    ({"macs": 0.3}, r"no setting is named 'macs'.*did you mean budget\.macs"),
-    ({"budget": {"mcas": 0.3}}, r"no setting is named 'budget\.mcas'.*did you mean budget\.macs"),
-    ({"budget": {"macs": 0}}, r"'budget'.*macs=0 is impossible"),
-    ({"budget": 3}, r"'budget'"),
-    ({"effort": {"probe_samples": 0}}, r"'effort'.*probe_samples >= 1"),
-    ({"lr": float("nan")}, r"'lr'.*finite"),
-    ({"width": -1}, r"'width'.*greater than 0, got -1"),
-    ({"ema": 1}, r"'ema'.*less than 1, got 1"),
-    ({"schedule": "linear"}, r"'schedule'.*'one-cycle' or 'cosine', got 'linear'"),
-    ({"qwertz": 3}, r"allowed are model, data, .*effort\.audit_filters"),
-]
-
-
-@pytest.mark.parametrize(("given_settings", "message"), WRONG_SETTINGS)
-def test_a_wrong_setting_is_named(given_settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        settings_from(given_settings)
-
-
-CONFIGURATIONS = {
-    "run.json": '{"epochs": 7, "lr": 0.05, "budget": {"macs": 0.4, "count": 8}}',
-    "run.toml": "epochs = 7\nlr = 0.05\n[budget]\nmacs = 0.4\ncount = 8\n",
-}
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_file_fills_the_settings_and_is_overruled_field_by_field(tmp_path: Path, name: str) -> None:
-    config = tmp_path / name
-    config.write_text(CONFIGURATIONS[name])
-    assert settings_from({}, config=config) == Settings(epochs=7, lr=0.05, budget=Budget(macs=0.4, count=8))
-    overruled = settings_from({"epochs": 9, "budget": {"macs": 0.3}}, config=config)
-    assert overruled == Settings(epochs=9, lr=0.05, budget=Budget(macs=0.3, count=8))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("none.toml", None, "cannot read"),
-        ("bad.toml", "a = = 3", "no TOML"),
-        ("bad.json", "{", "no JSON"),
-        ("list.json", "[1]", "holds a list"),
-        ("field.toml", "epochs = 1.5", r"'epochs' in .*field\.toml"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    config = tmp_path / name
-    if text is not None:
-        config.write_text(text)
-    with pytest.raises(SettingsError, match=message) as caught:
-        settings_from({}, config=config)
-    assert name in str(caught.value)
-
-
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"model": "resnet21"}, UnknownModelError, "resnet20"),
-    ({"model": "vgg16"}, ModelError, "at least 16 x 16.*vgg8"),
-    ({"model": f"{__name__}:broken", "width": 1.0}, ModelError, "no such luck"),
-    ({"model": f"{__name__}:Dropping"}, ModelError, "width"),
-    ({"model": f"{__name__}:Flat", "width": 1.0}, NothingToResizeError, "no channel group"),
-    ({"model": "torch.nn:Identity", "width": 1.0}, ModelError, "one score per class"),
-    ({"model": "torch.nn:LazyBatchNorm1d", "width": 1.0}, ModelError, "does not run on images"),
-    ({"device": "cuda:99"}, DeviceError, "cuda:99"),
-    ({"device": "abacus"}, DeviceError, "allowed are auto, cpu"),
-    ({"budget": Budget(macs=0.001)}, BudgetError, "minimum widths"),
-    ({"budget": Budget(macs=1.5, offer=0.0)}, BudgetError, "offer"),
-    ({"edit": False, "lr": 1e30}, DivergedError, "lower lr, which is 1e"),
-    ({"lr": 1e30}, FloatingPointError, "diverged"),
-]
-
-
-@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED, ids=[f"{next(iter(c))}-{k}" for c, k, _ in REFUSED])
-def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(
-    tmp_path: Path, changes: dict[str, Any], kind: type[Exception], message: str
-) -> None:
-    with pytest.raises(kind, match=message):
-        train(short(out=tmp_path / "a" / "b", **changes))
-    assert list(tmp_path.iterdir()) == []
-
-
-def a_file(folder: Path) -> Path:
-    (folder / "file").touch()
-    return folder / "file"
-
-
-def below_a_file(folder: Path) -> Path:
-    return a_file(folder) / "run"
-
-
-def full_of_other_things(folder: Path) -> Path:
-    (folder / "thesis.tex").touch()
-    return folder
-
-
-@pytest.mark.parametrize("make", [a_file, below_a_file, full_of_other_things])
-def test_a_folder_that_cannot_take_a_run_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    folder = make(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FolderError, match="name a"):
-        check_folder(folder)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_folder_of_a_run_and_a_new_one_are_taken_and_left_as_they_were(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "run.json").touch()
-    (tmp_path / "old" / "notes.txt").touch()
-    (tmp_path / "cut short").mkdir()
-    (tmp_path / "cut short" / ".run.json.0123456789abcdef").touch()
-    (tmp_path / "empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    for name in ("old", "cut short", "empty", "new", "new/and/deep"):
-        check_folder(tmp_path / name)
-    assert sorted(tmp_path.rglob("*")) == before

@@ -7,6 +7,7 @@ from autowidth.engine import AutoWidth, Effort, resize_
 from autowidth.history import Event, History
 from autowidth.policy import Auto, Budget, Never, Price
 from autowidth.trace import trace
+from autowidth.version import __version__
 
 __all__ = [
     "Auto",
@@ -21,6 +22,7 @@ __all__ = [
     "Never",
     "ParamAxis",
     "Price",
+    "__version__",
     "count_macs",
     "load_",
     "resize_",

@@ -1,7 +1,5 @@
 """The one base class of errors that their reader can mend."""
 
-from __future__ import annotations
-
 
 class AutoWidthError(Exception):
-    """An error that its reader can mend."""
+    """Something that whoever called can mend: its message says what, where, what was got, what is allowed."""

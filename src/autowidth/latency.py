@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import Cost, called, elements_cost, macs_cost
@@ -111,40 +111,35 @@ def fit_latency(
 
 
 def timed(networks: list[nn.Module], example_inputs: object) -> list[float]:
-    """Seconds of one forward pass of each network in evaluation mode: the fastest of several, taken in turns."""
+    """Seconds of one forward pass of each network in evaluation mode: the fastest of several, taken in turns.
+
+    By torch.utils.benchmark, which waits for an accelerator, and with as many threads as torch has now.
+    """
     args, kwargs = called(example_inputs)
     modes = [{module: module.training for module in network.modules()} for network in networks]
-    best = [float("inf")] * len(networks)
     try:
+        timers = [_timer(network.eval(), args, kwargs) for network in networks]
         with torch.inference_mode():
-            calls = [_calls(network.eval(), args, kwargs) for network in networks]
-            for _ in range(ROUNDS):
-                for number, network in enumerate(networks):
-                    spent = _seconds(network, args, kwargs, calls[number]) / calls[number]
-                    best[number] = min(best[number], spent)
+            calls = [_calls(timer) for timer in timers]
+            rounds = [[t.timeit(n).mean for t, n in zip(timers, calls, strict=True)] for _ in range(ROUNDS)]
     finally:
         for before in modes:
             for module, training in before.items():
                 module.training = training
-    return best
+    return [min(found) for found in zip(*rounds, strict=True)]
 
 
-def _calls(network: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> int:
-    """How many calls one timing needs; the first one, which may build things, does not count."""
-    _seconds(network, args, kwargs, 1)
-    return max(1, round(LEAST_SECONDS / max(_seconds(network, args, kwargs, 1), 1e-6)))
+def _timer(network: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Timer:
+    return Timer(
+        "network(*args, **kwargs)",
+        globals={"network": network, "args": args, "kwargs": kwargs},
+        num_threads=torch.get_num_threads(),
+    )
 
 
-def _seconds(network: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], calls: int) -> float:
-    accelerated = any(parameter.is_cuda for parameter in network.parameters())
-    if accelerated:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        network(*args, **kwargs)
-    if accelerated:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def _calls(timer: Timer) -> int:
+    """How many calls one timing needs."""
+    return max(1, round(LEAST_SECONDS / max(timer.timeit(1).mean, 1e-6)))
 
 
 def _narrowed(

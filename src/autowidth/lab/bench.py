@@ -12,7 +12,6 @@ A unit whose file exists is not run again. Every unit has a process of its own, 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -22,12 +21,12 @@ import re
 import subprocess
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,19 +35,19 @@ import scipy
 import torch
 from numpy.typing import NDArray
 
-from autowidth.lab.train import (
-    FolderError,
-)
+from autowidth.errors import AutoWidthError
+from autowidth.lab.prepare import FolderError
+from autowidth.version import __version__
 
 Array: TypeAlias = NDArray[np.float64]
 Record: TypeAlias = dict[str, Any]
 
 
-class BenchError(ValueError):
+class BenchError(AutoWidthError, ValueError):
     """A suite that cannot be run as asked, or results that do not belong together."""
 
 
-class UnitError(RuntimeError):
+class UnitError(AutoWidthError, RuntimeError):
     """A unit whose process ended without a result and without saying why."""
 
 
@@ -236,19 +235,46 @@ def nameless(data: str) -> str:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-class _InTheUnitError(Exception):
-    """Carries the traceback of another process."""
+class _Spawn(SpawnContext):
+    """Starts fresh interpreters, and remembers the last one: a pool does not say how its process ended.
 
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
+    Nothing of torch, of threads or of generators comes along into a fresh interpreter.
+    """
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        self.started = SpawnProcess(*args, **kwargs)
+        return self.started
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Worker:
-    unit: Unit
-    process: BaseProcess
-    answers: Connection
-    began: float
+    """A unit in a process of its own."""
+
+    def __init__(self, suite: Suite, unit: Unit, place: Path) -> None:
+        self.unit = unit
+        self.began = time.perf_counter()
+        self._context = _Spawn()
+        self._pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_end_with_the_parent)
+        self.future = self._pool.submit(_work, suite.name, suite.run, unit, _file(place, unit))
+
+    def result(self) -> float:
+        """The seconds since its beginning, once its future is done.
+
+        Raises what the unit raised, UnitError where its process ended without a word.
+        """
+        self._pool.shutdown()
+        try:
+            self.future.result()
+        except BrokenProcessPool:
+            raise UnitError(
+                f"the process of {self.unit.name} ended with code {self._context.started.exitcode} and no result; "
+                "finished units are kept, the same command goes on"
+            ) from None
+        return time.perf_counter() - self.began
+
+    def end(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self._context.started.terminate()
+        self._pool.shutdown()
 
 
 def _each_in_a_process(suite: Suite, units: Sequence[Unit], place: Path, count: int) -> Iterator[tuple[Unit, float]]:
@@ -256,66 +282,42 @@ def _each_in_a_process(suite: Suite, units: Sequence[Unit], place: Path, count: 
 
     Raises what a unit raises, and UnitError where its process just ends; the others are then ended too.
     """
-    waiting, running = list(units), list[_Worker]()
+    waiting, running = list(units), dict[Future[None], _Worker]()
     try:
         while waiting or running:
             while waiting and len(running) < count:
-                running.append(_start(suite, waiting.pop(0), place))
-            ended = wait([worker.process.sentinel for worker in running])
-            for worker in [w for w in running if w.process.sentinel in ended]:
-                running.remove(worker)
-                _raise_what_went_wrong(worker)
-                yield worker.unit, time.perf_counter() - worker.began
+                worker = _Worker(suite, waiting.pop(0), place)
+                running[worker.future] = worker
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                worker = running.pop(future)
+                yield worker.unit, worker.result()
     finally:
-        for worker in running:
-            worker.process.terminate()
-            worker.process.join()
+        for worker in running.values():
+            worker.end()
 
 
-def _start(suite: Suite, unit: Unit, place: Path) -> _Worker:
-    # A fresh interpreter: no state of torch, of threads or of generators comes along.
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(suite.name, suite.run, unit, _file(place, unit), sender), name=unit.name, daemon=True
-    )
-    process.start()
-    sender.close()
-    return _Worker(unit=unit, process=process, answers=receiver, began=time.perf_counter())
-
-
-def _raise_what_went_wrong(worker: _Worker) -> None:
-    """Raises what the unit raised; UnitError where it ended without a word."""
-    worker.process.join()
-    try:
-        answer = worker.answers.recv()
-    except EOFError:
-        raise UnitError(
-            f"the process of {worker.unit.name} ended with code {worker.process.exitcode} and no result; "
-            "finished units are kept, the same command goes on"
-        ) from None
-    finally:
-        worker.answers.close()
-    if answer is not None:
-        error, text = answer
-        raise error from _InTheUnitError(text)
-
-
-def _work(suite: str, run: Callable[[Mapping[str, Any]], Outcome], unit: Unit, file: Path, answers: Connection) -> None:
-    """The life of a unit's process: run, write, answer. It ends when the process that started it has ended."""
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+def _work(suite: str, run: Callable[[Mapping[str, Any]], Outcome], unit: Unit, file: Path) -> None:
+    """The work of a unit's process: run, write. Raises what the unit raises, in a form that can be sent."""
     torch.set_num_threads(1)
+    began = time.perf_counter()
     try:
-        began = time.perf_counter()
         outcome = run(unit.settings)
-        seconds = time.perf_counter() - began
-        _write(file, json.dumps(_told(suite, unit, outcome, seconds), allow_nan=False))
-        answers.send(None)
     except Exception as error:
-        answers.send((_sendable(error), traceback.format_exc()))
+        sent = _sendable(error)
+        if sent is error:
+            raise
+        raise sent from error
+    seconds = time.perf_counter() - began
+    _write(file, json.dumps(_finished(suite, unit, outcome, seconds), allow_nan=False))
 
 
 def _end_with_the_parent() -> None:
+    """From now on this process ends when the one that started it has ended."""
+    threading.Thread(target=_wait_for_the_parent, daemon=True).start()
+
+
+def _wait_for_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -331,7 +333,7 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _told(suite: str, unit: Unit, outcome: Outcome, seconds: float) -> dict[str, Any]:
+def _finished(suite: str, unit: Unit, outcome: Outcome, seconds: float) -> dict[str, Any]:
     """A finished unit in what JSON can hold."""
     return {
         "suite": suite,
@@ -348,7 +350,7 @@ def _told(suite: str, unit: Unit, outcome: Outcome, seconds: float) -> dict[str,
 def environment() -> dict[str, Any]:
     """Versions, the machine without its name, the revision of the source: what one must know to repeat a figure."""
     return {
-        "autowidth": _version(),
+        "autowidth": __version__,
         "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -360,13 +362,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
     }
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("autowidth")
-    except importlib.metadata.PackageNotFoundError:  # run from the source without an installation
-        return None
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""The methods that are compared: ours, its ablations, controls, published criteria and schedules, peers; a row each."""
+"""The methods that are compared: ours, its ablations, controls, published ones, other tools; a row each."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import macs_cost
-from autowidth.engine import Criterion
-from autowidth.lab.baselines import CRITERIA, TRAINING
-from autowidth.lab.baselines.training import TrainingRule
+from autowidth.errors import AutoWidthError
+from autowidth.lab.baselines import IMPORTANCES, TRAINING_RULES
+from autowidth.lab.baselines.registry import Importance, Scope, TrainingRule
 from autowidth.lab.data import ImageSet
+from autowidth.lab.loop import Method, train
 from autowidth.lab.models import initialise
-from autowidth.lab.peers import gromo_grown, growing_network, growth_plan, inner_widths, torch_pruned
-from autowidth.lab.train import Method, Result, Settings, build_network, find_device, train
-from autowidth.policy import Auto, Budget, BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
+from autowidth.lab.other_tools import gromo_grown, growing_network, growth_plan, inner_widths, torch_pruned
+from autowidth.lab.policies import auto_of, budget_of
+from autowidth.lab.prepare import build_network, find_device
+from autowidth.lab.result import Result
+from autowidth.lab.settings import Settings
+from autowidth.policy import BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
 from autowidth.probe import Loss, probe
 from autowidth.profit import parts
 from autowidth.surgery import apply_
@@ -34,7 +38,7 @@ PHASES = 3
 """Parts of a run with GroMo, which grows between them; fewer where there are fewer epochs."""
 
 
-class UnknownMethodError(ValueError):
+class UnknownMethodError(AutoWidthError, ValueError):
     """A name that is no method."""
 
 
@@ -78,7 +82,7 @@ class OneShot:
 
     macs: float
     at: float = 0.5
-    scope: Literal["layer", "network"] = "layer"
+    scope: Scope = "layer"
     min_width: int = 2
     grace: int = 0
     joint: float = 0.0
@@ -182,15 +186,15 @@ def ours(
     With `retrained` the same widths are trained from scratch as well.
     """
     settings = task.lasting(longer)
-    policy = replace(task.settings.budget or Budget(), macs=_of_start(task), **budget)
-    said = f"budget {task.macs:g}"
+    policy = budget_of(task.settings, macs=_of_start(task), **budget)
+    chosen = f"budget {task.macs:g}"
     found = task.trained(settings=settings, method=replace(method or Method(), policy=policy))
-    finishes = [Finish(method=_named(name, longer), policy=said, result=found)]
+    finishes = [Finish(method=_named(name, longer), policy=chosen, result=found)]
     if retrained:
         again = task.trained(
             settings=settings, method=Method(policy=Never()), network=fresh_network(task, lambda _: found.widths)
         )
-        finishes.append(Finish(method=_named("retrained", longer), policy=said, result=again))
+        finishes.append(Finish(method=_named("retrained", longer), policy=chosen, result=again))
     return finishes
 
 
@@ -201,7 +205,7 @@ def _named(name: str, longer: int) -> str:
 
 def automatic(task: Task) -> list[Finish]:
     """Our run without a target."""
-    method = Method(policy=task.settings.auto or Auto())
+    method = Method(policy=auto_of(task.settings))
     return [Finish(method="autowidth", policy="auto", result=task.trained(method=method))]
 
 
@@ -239,31 +243,31 @@ def uniform(task: Task, *, longer: int = 1) -> list[Finish]:
     return [Finish(method=_named("uniform", longer), policy=f"uniform {task.macs:g}", result=found)]
 
 
-# ---- published methods and peers -------------------------------------------------------------------------------------
+# ---- published methods and other tools -------------------------------------------------------------------------------
 
 
-def one_shot(
-    task: Task, *, name: str, criterion: Criterion, scope: Literal["layer", "network"], ruled: bool = False
-) -> list[Finish]:
-    """Trains for half of the epochs, prunes by the criterion, fine-tunes for the other half.
+def one_shot(task: Task, *, name: str, importance: Importance, scope: Scope, ruled: bool = False) -> list[Finish]:
+    """Trains for half of the epochs, prunes by the importance measure, fine-tunes for the other half.
 
     With `ruled` the first half is trained under the method's own rule.
     """
     target = _of_start(task)
     rule = _rule(name, task, target) if ruled else None
-    method = Method(policy=OneShot(macs=target, scope=scope), criterion=criterion, compensate=False, rule=rule)
+    method = Method(policy=OneShot(macs=target, scope=scope), importance=importance, reconstruct=False, rule=rule)
     found = task.trained(settings=task.settings.model_copy(update={"cycles": 2}), method=method)
     return [Finish(method=name, policy=f"{'scheduled' if ruled else 'one-shot'} {task.macs:g}", result=found)]
 
 
 def _rule(name: str, task: Task, target: float) -> TrainingRule:
-    """The rule of a published method, told the share of every layer's filters that the target leaves."""
+    """The rule of a published method, for the share of every layer's filters that the target leaves."""
     channel_map = _channel_map(task, task.settings.width)
     cost = macs_cost(channel_map)
-    return TRAINING[name](widths_left=uniform_share(cost, channel_map.widths, target * cost.at(channel_map.widths)))
+    return TRAINING_RULES[name].schedule(
+        widths_left=uniform_share(cost, channel_map.widths, target * cost.at(channel_map.widths))
+    )
 
 
-def torch_pruning(task: Task, *, importance: str, scope: Literal["layer", "network"], longer: int = 1) -> list[Finish]:
+def torch_pruning(task: Task, *, importance: str, scope: Scope, longer: int = 1) -> list[Finish]:
     """Torch-Pruning as itself: half of the epochs (times `longer`), its pruner, the other half."""
     half, rest = _phases(task.lasting(longer), 2)
     plainly = Method(policy=Never())
@@ -300,7 +304,7 @@ def gromo(task: Task) -> list[Finish]:
 
     Every phase is a training run by the task's recipe. Before each but the first all blocks grow by the same share,
     so that the last phase trains a nearly uniform network of the target's MACs; the streams have their final width
-    from the start. Raises UnfitModelError, PeerError and BudgetError as `growth_plan` does.
+    from the start. Raises UnfitModelError, MissingToolError and BudgetError as `growth_plan` does.
     """
     settings = task.settings
     plan = growth_plan(settings.model, task.images, task.macs * dense_macs(task))
@@ -336,27 +340,24 @@ def _total_inner(network: nn.Module) -> int:
     return sum(sum(widths) for widths in inner_widths(network))
 
 
-_LAYER_BY_LAYER = (
-    "l1", "l2", "fpgm", "entropy", "hrank", "linear-dependency", "nisp", "channel-lasso", "hrel", "random",
-)  # fmt: skip
-"""Published criteria whose papers give every layer a share of its own; the others rank the whole network."""
-
-_SCHEDULES: Mapping[str, tuple[str, Literal["layer", "network"]]] = {
-    "slimming": ("bn-scale", "network"),
-    "sparse-structure": ("sparse-structure", "network"),
-    "soft": ("l2", "layer"),
-    "asymptotic": ("l2", "layer"),
-}
-"""Published schedules: the criterion that removes when their rule has done its work, and its scope.
-
-Soft pruning as published removes at the very end. With so many filters and so few epochs that ends near chance (17 %,
-asymptotic 22 %, on the suite mini at 25 % of the MACs, one seed): here it is fine-tuned like all others. Where half of
-a layer is zeroed its norms run away all the same: docs/decisions/010.
-"""
+def _published(name: str) -> Importance:
+    return IMPORTANCES[name].importance
 
 
-def _criterion(name: str) -> Criterion:
-    return CRITERIA[name].worth
+def _one_shot(name: str) -> Callable[[Task], list[Finish]]:
+    """One-shot pruning by the importance measure of this name, within the layers or the network as its paper does."""
+    return partial(one_shot, name=name, importance=_published(name), scope=IMPORTANCES[name].scope)
+
+
+def _scheduled(name: str) -> Callable[[Task], list[Finish]]:
+    """Training under the rule of this name, then the removal by its measure.
+
+    Soft pruning as published removes at the very end. With so many filters and so few epochs that ends near chance (17
+    %, asymptotic 22 %, on the suite mini at 25 % of the MACs, one seed): here it is fine-tuned like all others. Where
+    half of a layer is zeroed its norms run away all the same: docs/decisions/010.
+    """
+    measure = IMPORTANCES[TRAINING_RULES[name].importance]
+    return partial(one_shot, name=name, importance=measure.importance, scope=measure.scope, ruled=True)
 
 
 METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
@@ -367,27 +368,18 @@ METHODS: Mapping[str, Callable[[Task], list[Finish]]] = {
     "uniform": uniform,
     "uniform-x2": partial(uniform, longer=2),
     "autowidth-no-insertion": partial(ours, name="autowidth-no-insertion", offer=0.0),
-    "autowidth-no-compensation": partial(ours, name="autowidth-no-compensation", method=Method(compensate=False)),
-    "autowidth-next": partial(ours, name="autowidth-next", method=Method(criterion=partial(part_alone, part=0))),
-    "autowidth-own": partial(ours, name="autowidth-own", method=Method(criterion=partial(part_alone, part=1))),
-    "autowidth-random": partial(ours, name="autowidth-random", method=Method(criterion=_criterion("random"))),
-    "autowidth-l1": partial(ours, name="autowidth-l1", method=Method(criterion=_criterion("l1"))),
+    "autowidth-no-compensation": partial(ours, name="autowidth-no-compensation", method=Method(reconstruct=False)),
+    "autowidth-next": partial(ours, name="autowidth-next", method=Method(importance=partial(part_alone, part=0))),
+    "autowidth-own": partial(ours, name="autowidth-own", method=Method(importance=partial(part_alone, part=1))),
+    "autowidth-random": partial(ours, name="autowidth-random", method=Method(importance=_published("random"))),
+    "autowidth-l1": partial(ours, name="autowidth-l1", method=Method(importance=_published("l1"))),
     "torch-pruning-magnitude-layer": partial(torch_pruning, importance="magnitude", scope="layer"),
     "torch-pruning-magnitude-layer-x2": partial(torch_pruning, importance="magnitude", scope="layer", longer=2),
     "torch-pruning-magnitude-network": partial(torch_pruning, importance="magnitude", scope="network"),
     "torch-pruning-taylor-network": partial(torch_pruning, importance="taylor", scope="network"),
     "torch-pruning-bn-scale-network": partial(torch_pruning, importance="bn-scale", scope="network"),
     "gromo": gromo,
-    **{
-        name: partial(
-            one_shot, name=name, criterion=_criterion(name), scope="layer" if name in _LAYER_BY_LAYER else "network"
-        )
-        for name in CRITERIA
-        if name not in _SCHEDULES
-    },
-    **{
-        name: partial(one_shot, name=name, criterion=_criterion(criterion), scope=scope, ruled=True)
-        for name, (criterion, scope) in _SCHEDULES.items()
-    },
+    **{name: _one_shot(name) for name in IMPORTANCES if name not in TRAINING_RULES},
+    **{name: _scheduled(name) for name in TRAINING_RULES},
 }
 """The methods by name: each takes a task and returns what it ended with, and its control where it has one."""

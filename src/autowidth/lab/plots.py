@@ -11,8 +11,8 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-OURS, CONTROL, PEER, OTHER = "#c1121f", "#1d3557", "#e09f3e", "#8d99ae"
-"""Colours of our method and its ablations, of the controls, of other tools, and of published criteria."""
+OURS, CONTROL, TOOL, PUBLISHED = "#c1121f", "#1d3557", "#e09f3e", "#8d99ae"
+"""Colours of our method and its ablations, of the controls, of other tools, and of published methods."""
 
 CONTROLS = ("dense", "uniform", "retrained")
 
@@ -42,9 +42,9 @@ def accuracy_plot(records: Sequence[Record], file: Path) -> None:
 
 
 def fidelity_plot(records: Sequence[Record], file: Path) -> None:
-    """Writes an SVG with, for every model and truth, each criterion's rank correlation with it over the run.
+    """Writes an SVG with, for every model and truth, each measure's rank correlation with it over the run.
 
-    A line is a criterion's mean over seeds. Without matplotlib nothing is drawn, and a warning says so.
+    A line is a measure's mean over seeds. Without matplotlib nothing is drawn, and a warning says so.
     """
     models = list(dict.fromkeys((r["data"], r["model"]) for r in records))
     drawn = _figure(len(models))
@@ -60,7 +60,7 @@ def fidelity_plot(records: Sequence[Record], file: Path) -> None:
 
 
 def _lines(panel: Any, records: Sequence[Record]) -> None:
-    """A line for every criterion, its name where it ends; names keep a distance from each other."""
+    """A line for every measure, its name where it ends; names keep a distance from each other."""
     ends = []
     for name in dict.fromkeys(r["criterion"] for r in records):
         known = [r for r in records if r["criterion"] == name and r["spearman"] is not None]
@@ -118,7 +118,7 @@ def _colour(method: str) -> str:
         return OURS
     if method in CONTROLS:
         return CONTROL
-    return PEER if method.startswith(("torch-pruning", "gromo")) else OTHER
+    return TOOL if method.startswith(("torch-pruning", "gromo")) else PUBLISHED
 
 
 def _name(method: str, policy: str, start: float) -> str:

@@ -6,6 +6,9 @@ import math
 
 from scipy.optimize import brentq
 
+from autowidth.lab.baselines import registry
+from autowidth.lab.baselines.soft import Soft
+
 EARLY, MOST = 1 / 8, 3 / 4
 """At this share of training this much of the final removal is reached: the paper's D = 1/8, and its 3/4."""
 
@@ -25,3 +28,9 @@ def reached(progress: float) -> float:
     training ends with the removal, and the first point is no removal at all.
     """
     return (1 - math.exp(-RATE * progress)) / (1 - math.exp(-RATE))
+
+
+@registry.training_rule(name="asymptotic", importance="l2", source="He et al. 2020, arXiv 1808.07471")
+def rule(*, widths_left: float) -> Soft:
+    """The rule that comes to leave this share of every width."""
+    return Soft(widths_left=widths_left, reached=reached)

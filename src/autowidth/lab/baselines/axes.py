@@ -27,12 +27,21 @@ def sum_over_writers(
 
     `of_layer` takes the filters of one layer, (length of the axis, values per filter), and returns one number each.
     """
-    worths = {}
+    importances = {}
     for group in channel_map.groups:
-        worths[group.name] = empty(group, weights)
+        importances[group.name] = empty(group, weights)
         for place in group.with_role("write"):
-            worths[group.name] += channels(of_layer(filters(weights[place.axis.name], place.axis)), place)
-    return worths
+            importances[group.name] += channels(of_layer(filters(weights[place.axis.name], place.axis)), place)
+    return importances
+
+
+def readers(channel_map: ChannelMap) -> dict[ParamAxis, list[tuple[str, Place]]]:
+    """For each param axis that reads channels, the names of the channel groups on it and where on it they lie."""
+    found: dict[ParamAxis, list[tuple[str, Place]]] = {}
+    for group in channel_map.groups:
+        for place in group.with_role("read"):
+            found.setdefault(place.axis, []).append((group.name, place))
+    return found
 
 
 def empty(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:

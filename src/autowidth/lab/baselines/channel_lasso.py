@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autowidth.channels import ChannelMap, ParamAxis, Place
-from autowidth.lab.baselines.axes import empty
+from autowidth.lab.baselines import registry
+from autowidth.lab.baselines.axes import empty, readers
 from autowidth.lab.baselines.calls import MIXING, Call, watched
 from autowidth.probe import Loss, effective_weights
 
@@ -26,7 +27,8 @@ _VALUES = 2**23
 """Products of features that are held at once, as numbers: bounds the memory, not the result."""
 
 
-def worth(
+@registry.importance(name="channel-lasso", unit=None, scope="layer", source="He, Zhang, Sun 2017, arXiv 1707.06168")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],
@@ -48,10 +50,26 @@ def worth(
     are averaged. Channels that cannot be removed (a model's input) are outside. A channel that is a combination of
     others is left out of the path and gets 0; a channel group that nothing is seen to read gets NaN.
     """
-    readers: dict[ParamAxis, list[tuple[str, Place]]] = {}
-    for group in channel_map.groups:
-        for place in group.with_role("read"):
-            readers.setdefault(place.axis, []).append((group.name, place))
+    on_axes = readers(channel_map)
+    grams, norms = _products(model, on_axes, batches, generator)
+    weights = effective_weights(model)
+    importances = {group.name: empty(group, weights) for group in channel_map.groups}
+    seen = dict.fromkeys(importances, 0)
+    for axis, gram in grams.items():
+        left = torch.tensor(leaving(gram.cpu().numpy(), norms[axis].cpu().numpy()), dtype=torch.float32)
+        for (name, _), part in zip(on_axes[axis], left.split([len(p.index) for _, p in on_axes[axis]]), strict=True):
+            importances[name] += part.to(importances[name].device)
+            seen[name] += 1
+    return {name: total / seen[name] if seen[name] else total * torch.nan for name, total in importances.items()}
+
+
+def _products(
+    model: nn.Module,
+    on_axes: Mapping[ParamAxis, list[tuple[str, Place]]],
+    batches: Sequence[tuple[Any, Any]],
+    generator: torch.Generator,
+) -> tuple[dict[ParamAxis, Tensor], dict[ParamAxis, Tensor]]:
+    """For each axis that reads channels, the products of what they write (channels, channels), |W_i| (channels,)."""
     total = sum(len(inputs) for inputs, _ in batches)
     fractions = torch.rand(total, _PATCHES, generator=generator).split([len(inputs) for inputs, _ in batches])
     grams: dict[ParamAxis, Tensor] = {}
@@ -59,20 +77,12 @@ def worth(
     with torch.no_grad():
         for (inputs, _), where in zip(batches, fractions, strict=True):
             for reading in _readings(model, inputs):
-                for axis in readers:
+                for axis, on_axis in on_axes.items():
                     if axis.name == reading.call.weight:
-                        owner = _owners(reading, [place for _, place in readers[axis]])
+                        owner = _owners(reading, [place for _, place in on_axis])
                         grams[axis] = grams.get(axis, 0) + reading.gram(owner, where)
                         norms[axis] = reading.norms(owner)
-    weights = effective_weights(model)
-    worths = {group.name: empty(group, weights) for group in channel_map.groups}
-    seen = dict.fromkeys(worths, 0)
-    for axis, gram in grams.items():
-        left = torch.tensor(leaving(gram.cpu().numpy(), norms[axis].cpu().numpy()), dtype=torch.float32)
-        for (name, _), part in zip(readers[axis], left.split([len(p.index) for _, p in readers[axis]]), strict=True):
-            worths[name] += part.to(worths[name].device)
-            seen[name] += 1
-    return {name: total / seen[name] if seen[name] else total * torch.nan for name, total in worths.items()}
+    return grams, norms
 
 
 def leaving(gram: np.ndarray, norms: np.ndarray) -> np.ndarray:

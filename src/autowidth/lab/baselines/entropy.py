@@ -1,4 +1,4 @@
-"""Information in a filter's weights (after Hur and Kang 2018, J. Supercomputing 75:2950, 10.1007/s11227-018-2684-z)."""
+"""Information in a filter's weights (Hur and Kang 2018, J. Supercomputing 75:2950, 10.1007/s11227-018-2684-z)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(
+    name="entropy", unit=None, scope="layer", source="after Hur and Kang 2018, J. Supercomputing 75:2950"
+)
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

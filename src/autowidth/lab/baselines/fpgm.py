@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(name="fpgm", unit=None, scope="layer", source="He et al. 2019, arXiv 1811.00250")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

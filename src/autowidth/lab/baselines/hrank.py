@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty
 from autowidth.lab.baselines.calls import watched
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(name="hrank", unit=None, scope="layer", source="Lin et al. 2020, arXiv 2002.10179")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

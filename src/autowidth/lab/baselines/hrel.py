@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty
 from autowidth.lab.baselines.calls import watched
 from autowidth.probe import Loss, effective_weights
@@ -24,7 +25,8 @@ _SAMPLES = 100
 """Images per estimate: the batch size of the authors' code."""
 
 
-def worth(
+@registry.importance(name="hrel", unit=None, scope="layer", source="Sarvani et al. 2022, arXiv 2202.10716")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autowidth.channels import ChannelMap, ParamAxis, Place
-from autowidth.lab.baselines.axes import empty
+from autowidth.channels import ChannelMap, ParamAxis
+from autowidth.lab.baselines import registry
+from autowidth.lab.baselines.axes import empty, readers
 from autowidth.lab.baselines.calls import watched
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(name="linear-dependency", unit=None, scope="layer", source="Pan et al. 2021, ICASSP, page 1720")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],
@@ -29,28 +31,25 @@ def worth(
     layer is here what one reader gets (before global pooling or flattening, if it gets maps pooled), maps are not
     centred, and where several layers read a channel, their numbers are averaged.
     """
-    readers: dict[ParamAxis, list[tuple[str, Place]]] = {}
-    for group in channel_map.groups:
-        for place in group.with_role("read"):
-            readers.setdefault(place.axis, []).append((group.name, place))
+    readings = readers(channel_map)
     grams: dict[ParamAxis, Tensor] = {}
     with torch.no_grad():
         for inputs, _ in batches:
             _, calls = watched(model, lambda x=inputs: model(x))  # type: ignore[misc]
-            for axis, on_axis in readers.items():
+            for axis, on_axis in readings.items():
                 for call in calls:
                     if call.weight == axis.name:
                         maps = torch.cat([call.maps(place).flatten(2) for _, place in on_axis], dim=1)
                         columns = maps.transpose(0, 1).flatten(1).double()
                         grams[axis] = grams.get(axis, 0) + columns @ columns.T
     weights = effective_weights(model)
-    worths = {group.name: empty(group, weights) for group in channel_map.groups}
+    importances = {group.name: empty(group, weights) for group in channel_map.groups}
     for axis, gram in grams.items():
-        sizes = [len(place.index) for _, place in readers[axis]]
-        for (name, _), part in zip(readers[axis], pivots(gram).split(sizes), strict=True):
+        sizes = [len(place.index) for _, place in readings[axis]]
+        for (name, _), part in zip(readings[axis], pivots(gram).split(sizes), strict=True):
             seen = sum(place.axis in grams for place in channel_map.group(name).with_role("read"))
-            worths[name] += part.float() / seen
-    return worths
+            importances[name] += part.float() / seen
+    return importances
 
 
 def pivots(gram: Tensor) -> Tensor:

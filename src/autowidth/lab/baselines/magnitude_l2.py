@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(name="l2", unit=None, scope="layer", source="Li et al. 2017, arXiv 1608.08710")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

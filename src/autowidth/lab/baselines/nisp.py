@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels, empty
 from autowidth.lab.baselines.calls import MIXING, Call, watched
 from autowidth.probe import Loss, effective_weights
@@ -25,7 +26,8 @@ _DAMPING = 0.99
 """Factor per step of a path in Inf-FS, in units of 1 / (spectral radius): that of its authors' code."""
 
 
-def worth(
+@registry.importance(name="nisp", unit=None, scope="layer", source="Yu et al. 2018, arXiv 1711.05908")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],
@@ -39,7 +41,7 @@ def worth(
     there a score goes back from each neuron to all that it was made of, times the absolute weight, and a channel's
     importance is the sum over its pixels and over all layers that read it. On a residual stream no path counts twice.
 
-    Where the rule of absolute weights does not decide, we chose: a batch norm is linear with its settled statistics, a
+    Where the rule of absolute weights does not decide, we chose: a batch norm is linear with its running statistics, a
     factor |scale| / deviation; norms without fixed statistics are a factor |scale|; pooling spreads a score evenly over
     its window, maxima too, since which pixel wins depends on the image; of a product of two responses (gates) both get
     the score. Activations pass scores on. The paper prunes every layer by a share of its own, so nothing is lost by the
@@ -49,14 +51,14 @@ def worth(
     final = final_scores(_final_responses(model, batches))
     image = torch.zeros_like(batches[0][0][:1], dtype=torch.float64)
     weights = effective_weights(model)
-    worths = {}
+    importances = {}
     found = propagated(model, image, torch.tensor(final, device=image.device))
     for group in channel_map.groups:
         places = [place for place in group.with_role("read") if place.axis.name in found]
         total = sum((channels(found[place.axis.name], place) for place in places), empty(group, weights).double())
         mean = total.mean().clamp_min(torch.finfo(total.dtype).tiny)
-        worths[group.name] = (total / mean).float() if places else torch.full((group.width,), torch.nan)
-    return worths
+        importances[group.name] = (total / mean).float() if places else torch.full((group.width,), torch.nan)
+    return importances
 
 
 def final_scores(responses: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from autowidth.audit import named_tensors
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
 from autowidth.probe import Loss
 
@@ -18,7 +19,8 @@ _VALUES = 2**25
 """Gradients that are held at once, as numbers: bounds the memory, not the result."""
 
 
-def worth(
+@registry.importance(name="obd", unit="nats", scope="network", source="LeCun, Denker, Solla 1990, NIPS 2")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels, empty
 from autowidth.lab.baselines.calls import Call, watched
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(name="obd-kron", unit="nats", scope="network", source="Wang et al. 2019, arXiv 1905.05934")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],
@@ -43,13 +45,13 @@ def worth(
                 if gradient is not None:
                     squares = _Squares.of(call, gradient * len(inputs))
                     sums[call.weight] = squares + sums[call.weight] if call.weight in sums else squares
-    worths = {}
+    importances = {}
     for group in channel_map.groups:
-        worths[group.name] = empty(group, weights)
+        importances[group.name] = empty(group, weights)
         for place in group.with_role("write"):
             if place.axis.name in sums:
-                worths[group.name] += channels(sums[place.axis.name].saliency(total), place)
-    return worths
+                importances[group.name] += channels(sums[place.axis.name].saliency(total), place)
+    return importances
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

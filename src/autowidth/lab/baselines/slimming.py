@@ -9,14 +9,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slimming:
     """Adds the subgradient of strength x |scale| to the scales of all batch norms that carry a removable channel.
 
-    Afterwards the channels of least absolute scale in the whole network go: the criterion bn-scale. The paper chooses
-    the strength among 1e-3, 1e-4 and 1e-5 on CIFAR: 1e-4 for VGG, 1e-5 for ResNet and DenseNet; the default is 1e-4 for
+    Afterwards the channels of least absolute scale in the whole network go: the measure bn-scale. The paper chooses the
+    strength among 1e-3, 1e-4 and 1e-5 on CIFAR: 1e-4 for VGG, 1e-5 for ResNet and DenseNet; the default is 1e-4 for
     all. It starts the scales at 0.5; here they start where the network puts them.
     """
 
@@ -37,3 +38,9 @@ class Slimming:
 
     def after_epoch(self, model: nn.Module, channel_map: ChannelMap, progress: float) -> None:
         """Nothing."""
+
+
+@registry.training_rule(name="slimming", importance="bn-scale", source="Liu et al. 2017, arXiv 1708.06519")
+def rule(*, widths_left: float) -> Slimming:
+    """The rule, which is the same whatever share of the widths is left."""
+    return Slimming()

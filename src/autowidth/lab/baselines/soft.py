@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelGroup, ChannelMap, Role
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
 from autowidth.probe import effective_weights
 
@@ -24,7 +25,7 @@ class Soft:
 
     widths_left: the share of every group's filters that stay, rounded as the widths of a uniformly narrowed network
     are. reached: how much of the final removal is due, from the progress of training, 0 to 1 (asymptotic.py has
-    another). Afterwards the filters of least norm in each group go: the criterion l2.
+    another). Afterwards the filters of least norm in each group go: the importance measure l2.
 
     The authors' code ranks and zeroes each layer by itself; here the layers that write a channel have their norms
     added and are zeroed together, so that the channel can go. It zeroes a filter's weights and leaves the norm behind
@@ -60,6 +61,12 @@ class Soft:
             weakest = norms[group.name].argsort(stable=True)[: group.width - stay]
             for role in roles:
                 _zero(parameters, group, role, weakest)
+
+
+@registry.training_rule(name="soft", importance="l2", source="He et al. 2018, arXiv 1808.06866")
+def rule(*, widths_left: float) -> Soft:
+    """The rule that leaves this share of every width, from the first epoch on."""
+    return Soft(widths_left=widths_left)
 
 
 def _zero(parameters: dict[str, nn.Parameter], group: ChannelGroup, role: Role, weakest: Tensor) -> None:

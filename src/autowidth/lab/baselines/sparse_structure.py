@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels
 from autowidth.probe import Loss
 
 
-def worth(
+@registry.importance(
+    name="sparse-structure", unit=None, scope="network", source="Huang and Wang 2018, arXiv 1707.01213"
+)
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],
@@ -33,12 +37,12 @@ def worth(
     lengths = {
         name: torch.hypot(m.weight.detach().float(), m.bias.detach().float()) for name, m in _norms(model).items()
     }
-    worths = {}
+    importances = {}
     for group in channel_map.groups:
         found = [place for place in group.with_role("carry") if place.axis.name in lengths]
         parts = [channels(lengths[place.axis.name], place) for place in found]
-        worths[group.name] = torch.stack(parts).sum(0) if parts else torch.full((group.width,), torch.nan)
-    return worths
+        importances[group.name] = torch.stack(parts).sum(0) if parts else torch.full((group.width,), torch.nan)
+    return importances
 
 
 @dataclass(slots=True)
@@ -113,6 +117,14 @@ class SparseStructure:
 
     def after_epoch(self, model: nn.Module, channel_map: ChannelMap, progress: float) -> None:
         """Nothing."""
+
+
+@registry.training_rule(
+    name="sparse-structure", importance="sparse-structure", source="Huang and Wang 2018, arXiv 1707.01213"
+)
+def rule(*, widths_left: float) -> SparseStructure:
+    """The rule, which is the same whatever share of the widths is left."""
+    return SparseStructure()
 
 
 def soft(values: Tensor, threshold: float) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels, empty, filters
-from autowidth.lab.baselines.calls import watched
 from autowidth.probe import Loss, effective_weights
 
 
-def worth(
+@registry.importance(name="taylor", unit=None, scope="network", source="Molchanov et al. 2019, arXiv 1906.10771")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],
@@ -30,7 +31,7 @@ def worth(
     since the loss does not depend on the filter's scale.
     """
     weights = effective_weights(model)
-    worths = {group.name: empty(group, weights) for group in channel_map.groups}
+    importances = {group.name: empty(group, weights) for group in channel_map.groups}
     writers = [(group.name, place) for group in channel_map.groups for place in group.with_role("write")]
     names = sorted({place.axis.name for _, place in writers})
     with torch.enable_grad():
@@ -42,48 +43,5 @@ def worth(
             for group, place in writers:
                 if place.axis.name in products:
                     change = filters(products[place.axis.name], place.axis).sum(1)
-                    worths[group] += channels(change, place).square() / len(batches)
-    return worths
-
-
-def worth_of_gates(
-    model: nn.Module,
-    channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
-    *,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """The size of the first-order loss change when a channel's gate closes, (width,) by channel group; nats.
-
-    The gate is on the activations: one factor on a channel in front of all its readers, so that a residual stream has
-    a single gate. Its gradient is activation x gradient, summed over readers and positions. The paper squares it for
-    every batch; here its absolute value is taken for every sample and averaged, which is independent of the batch
-    size and has the unit of a loss (the form of Molchanov et al. 2017, arXiv 1611.06440).
-    """
-    weights = effective_weights(model)
-    worths = {group.name: empty(group, weights) for group in channel_map.groups}
-    total = sum(len(inputs) for inputs, _ in batches)
-    for inputs, target in batches:
-        for name, change in gates(model, channel_map, inputs, target, loss_fn).items():
-            worths[name] += change.abs().sum(0) / total
-    return worths
-
-
-def gates(model: nn.Module, channel_map: ChannelMap, inputs: Tensor, target: Any, loss_fn: Loss) -> dict[str, Tensor]:
-    """The derivative of each sample's loss by the gate of each channel, (N, width) by channel group."""
-    image, samples = inputs.detach().clone().requires_grad_(), len(inputs)
-    with torch.enable_grad():
-        loss, calls = watched(model, lambda: loss_fn(model(image), target))
-        found = torch.autograd.grad(loss, [call.source for call in calls], allow_unused=True)
-    changes = {group.name: torch.zeros(samples, group.width, device=image.device) for group in channel_map.groups}
-    for call, gradient in zip(calls, found, strict=True):
-        if gradient is None:
-            continue
-        product = (call.source.detach() * gradient).movedim(call.dim, -1)
-        of_sample = product.reshape(samples, -1, product.size(-1)).sum(1) * samples
-        for group in channel_map.groups:
-            for place in group.with_role("read"):
-                if place.axis.name == call.weight:
-                    changes[group.name] += of_sample[:, torch.tensor(place.index, device=image.device)].sum(-1)
-    return changes
+                    importances[group] += channels(change, place).square() / len(batches)
+    return importances

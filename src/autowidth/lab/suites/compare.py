@@ -6,6 +6,7 @@ import difflib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from autowidth.history import PARTS
@@ -13,7 +14,11 @@ from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, namele
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
 from autowidth.lab.plots import accuracy_plot
-from autowidth.lab.train import Settings, load_images, settings_from
+from autowidth.lab.policies import TABLES
+from autowidth.lab.prepare import load_images
+from autowidth.lab.settings import Settings, settings_of
+from autowidth.lab.suites.registry import suite
+from autowidth.lab.tables import markdown
 
 CHOICES = 5000
 """Further training images on which choices are made, where test images must not be looked at."""
@@ -110,6 +115,10 @@ def comparison(
     return Suite(name=name, units=tuple(units), run=measure, table=table, apart=apart, draw=accuracy_plot)
 
 
+for _name in RECIPES:
+    suite(_name)(partial(comparison, _name))
+
+
 def _check_methods(methods: Sequence[str]) -> None:
     for method in methods:
         if method not in METHODS:
@@ -131,8 +140,8 @@ def _unit(
         given |= {"limit": limit and limit + CHOICES, "holdout": CHOICES / (limit + CHOICES) if limit else 0.1}
     elif limit:
         given["limit"] = limit
-    dumped = settings_from(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
-    of_ours = {key: dumped.pop(key) for key in ("auto", "budget", "price", "effort")}
+    dumped = settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
+    of_ours = {key: dumped.pop(key) for key in (*TABLES, "effort")}
     settings: dict[str, Any] = {
         "data": data, "model": model, "seed": seed, "method": method, "macs": macs, "start": start, "training": dumped,
     }  # fmt: skip
@@ -148,7 +157,7 @@ def _unit(
 
 def measure(settings: Mapping[str, Any]) -> Outcome:
     """Runs one method on one model from one seed: the work of one unit. A record for the run, and for its control."""
-    named = {key: settings[key] for key in ("data", "model", "seed", "auto", "budget", "effort") if key in settings}
+    named = {key: settings[key] for key in ("data", "model", "seed", *TABLES, "effort") if key in settings}
     training = Settings.model_validate({**settings["training"], **named, "width": settings["start"]})
     task = Task(settings=training, macs=settings["macs"], images=load_images(training))
     finishes = METHODS[settings["method"]](task)
@@ -188,6 +197,10 @@ def _reviews(finish: Finish) -> list[dict[str, Any]]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+HEADINGS = ("method", "policy", "start", "accuracy %", "MACs %", "parameters", "seconds", "reviews %", "seeds")
+"""What `_row` says of a method."""
+
+
 def table(records: Sequence[Record]) -> str:
     """The records as Markdown: a table per data set, model and budget; a row per method, policy and start."""
     text = [
@@ -200,13 +213,11 @@ def table(records: Sequence[Record]) -> str:
         data, part, model, budget = key
         mine = [r for r in records if (r["data"], r["part"], r["model"], r["budget"]) == key]
         text.append(
-            f"## {model} on {data}, {budget:.0%} of the MACs\n\nAccuracy on the {part.replace('_', ' ')} images.\n\n"
-            "| method | policy | start | accuracy % | MACs % | parameters | seconds | reviews % | seeds |\n"
-            "|---|---|---|---|---|---|---|---|---|"
+            f"## {model} on {data}, {budget:.0%} of the MACs\n\nAccuracy on the {part.replace('_', ' ')} images.\n"
         )
         rows = [_group(mine, row) for row in dict.fromkeys((r["method"], r["policy"], r["start"]) for r in mine)]
         rows.sort(key=lambda rows: -statistics.mean(r["accuracy"] for r in rows))
-        text += [_row(row) for row in rows]
+        text.append(markdown(HEADINGS, [_row(row) for row in rows]))
         text += _review_table([row for row in rows if row[0]["method"].startswith("autowidth")])
         text.append("")
     return "\n".join(text)
@@ -216,12 +227,9 @@ def _group(records: Sequence[Record], row: tuple[str, str, float]) -> list[Recor
     return [r for r in records if (r["method"], r["policy"], r["start"]) == row]
 
 
-def _row(records: Sequence[Record]) -> str:
-    first = records[0]
-    cells = [
-        first["method"],
-        first["policy"],
-        f"{first['start']:g}x",
+def _row(records: Sequence[Record]) -> list[str]:
+    return [
+        *_named(records[0]),
         _spread([100 * r["accuracy"] for r in records]),
         f"{statistics.mean(100 * r['macs'] / r['macs_dense'] for r in records):.1f}",
         f"{statistics.mean(r['params'] for r in records):,.0f}",
@@ -229,24 +237,28 @@ def _row(records: Sequence[Record]) -> str:
         f"{statistics.mean(100 * r['review_seconds'] / r['seconds'] for r in records):.1f}",
         ", ".join(str(r["seed"]) for r in sorted(records, key=lambda r: r["seed"])),
     ]
-    return "| " + " | ".join(cells) + " |"
+
+
+def _named(record: Record) -> list[str]:
+    """What tells one row from another: method, policy, start."""
+    return [record["method"], record["policy"], f"{record['start']:g}x"]
 
 
 def _review_table(rows: Sequence[Sequence[Record]]) -> list[str]:
     """What the reviews of our rows spend their time on, in percent of the wall time of the run."""
     if not rows:
         return []
-    lines = [
+    spent = [*(f"{part}_seconds" for part in PARTS), "review_seconds"]
+    shares = [
+        [f"{statistics.mean(100 * r[key] / r['seconds'] for r in row):.1f}" for key in spent] for row in rows
+    ]  # fmt: skip
+    return [
         "\nWhat our reviews take, in percent of the wall time of the run:\n",
-        "| method | policy | start | " + " | ".join(PARTS) + " | together |",
-        "|---" * (len(PARTS) + 4) + "|",
+        markdown(
+            ("method", "policy", "start", *PARTS, "together"),
+            [_named(row[0]) + share for row, share in zip(rows, shares, strict=True)],
+        ),
     ]
-    for row in rows:
-        named = [row[0]["method"], row[0]["policy"], f"{row[0]['start']:g}x"]
-        spent = [*(f"{part}_seconds" for part in PARTS), "review_seconds"]
-        shares = [f"{statistics.mean(100 * r[key] / r['seconds'] for r in row):.1f}" for key in spent]
-        lines.append("| " + " | ".join(named + shares) + " |")
-    return lines
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -1,13 +1,12 @@
-"""Fidelity: how well criteria predict what a filter is worth, against true ablation."""
+"""Fidelity: how well importance measures predict what a filter is worth, against true ablation."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,27 +16,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
 
 from autowidth.audit import Fold, ablate, named_tensors
 from autowidth.channels import ChannelMap
 from autowidth.engine import AutoWidth, Effort, quiet, settled_norms
-from autowidth.lab.baselines import CRITERIA
+from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
+from autowidth.lab.loop import Method, probe_batches, train
 from autowidth.lab.models import spec
 from autowidth.lab.plots import fidelity_plot
-from autowidth.lab.train import (
-    Settings,
-    build_network,
-    decayed_and_not,
-    find_device,
-    load_images,
-    one_cycle,
-    probe_batches,
-    settings_from,
-)
+from autowidth.lab.prepare import find_device, load_images
+from autowidth.lab.result import Result
+from autowidth.lab.settings import Settings, settings_of
+from autowidth.lab.suites.registry import suite
+from autowidth.lab.tables import markdown
 from autowidth.policy import Budget, Decision, Situation
 from autowidth.probe import effective_weights, probe
 from autowidth.profit import combined, folded, parts, peers
@@ -46,14 +39,14 @@ Array: TypeAlias = NDArray[np.float64]
 
 
 SHARES = (0.1, 0.3, 0.6, 1.0)
-"""When in the run criteria are compared, as shares of its steps."""
+"""When in the run measures are compared, as shares of its steps."""
 
 OURS = ("autowidth", "autowidth-next", "autowidth-own")
-"""Our criterion as the engine uses it, and its two parts alone; all in nats."""
+"""Our worth as the engine uses it, and its two parts alone; all in nats."""
 
 TRUTHS = ("removed", "compensated")
-"""What a criterion is compared with: the loss change when a filter is taken from its readers, and the same when its
-peers stand in for it, as they do when the engine removes filters (autowidth.profit.folded)."""
+"""What a measure is compared with: the loss change when a filter is taken from its readers, and the same when these are
+reconstructed from its co-channels, as they are when the engine removes filters. The names are those of the records."""
 
 LEAST = 6
 """Sampled filters that a channel group needs before their ranks within it are compared."""
@@ -64,7 +57,7 @@ BLOCKS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much of a data set the fidelity suite uses: training images, images for the truth, images for a criterion."""
+    """How much of a data set the fidelity suite uses: training images, images for the truth, images for a measure."""
 
     models: tuple[str, ...]
     limit: int
@@ -83,6 +76,7 @@ SCALES: Mapping[str, Scale] = {
 """The data sets of the fidelity suite, by the first word of the text that names them."""
 
 
+@suite("fidelity")
 def fidelity(
     *,
     data: str | None = None,
@@ -95,12 +89,12 @@ def fidelity(
     probe_samples: int | None = None,
     width: float = 1.0,
 ) -> Suite:
-    """The suite that compares criteria with true ablation, at four moments of a training run without resizing.
+    """The suite that compares importance measures with true ablation, at four moments of a run without resizing.
 
     data: digits (default) or cifar10:PATH, pooled to 16 x 16; models: a unit for each and each of the seeds;
     epochs: 12 if not given; filters: how many are ablated at each moment, at least six of every channel group;
     limit: training images; truth: images on which filters are ablated, from the training file, seen neither by
-    training nor by any criterion; probe_samples: training images that each criterion looks at; width: factor on all
+    training nor by any measure; probe_samples: training images that each measure looks at; width: factor on all
     widths. What is not given is as `SCALES` says. Raises BenchError, UnknownModelError, SettingsError.
     """
     data = data or "digits"
@@ -108,36 +102,44 @@ def fidelity(
     if kind not in SCALES:
         raise BenchError(f"the suite fidelity does not know the data {data!r}; allowed are digits and cifar10:PATH")
     scale = SCALES[kind]
-    limit, truth = limit or scale.limit, truth or scale.truth
-    units = []
-    for model in models or scale.models:
+    chosen = replace(
+        scale, limit=limit or scale.limit, truth=truth or scale.truth, probe=probe_samples or scale.probe
+    )  # fmt: skip
+    for model in models:
         if ":" not in model:
             spec(model)
-        for seed in seeds:
-            given = {
-                "model": model, "data": data, "width": width, "epochs": epochs or 12, "seed": seed,
-                "batch_size": scale.batch_size, "pool": scale.pool, "threads": 1, "limit": limit + truth,
-                "holdout": truth / (limit + truth),
-            }  # fmt: skip
-            command = f"autowidth bench fidelity --data {nameless(data)} --models {model} --seeds {seed}"
-            settings: dict[str, Any] = {
-                "data": data, "model": model, "seed": seed, "filters": filters,
-                "probe_samples": probe_samples or scale.probe, "shares": list(SHARES),
-                "training": settings_from(given).model_dump(mode="json", exclude={"data", "model", "seed", "out"}),
-            }  # fmt: skip
-            command += f" --epochs {settings['training']['epochs']}"
-            units.append(Unit(name=f"{model}-seed{seed}", settings=settings, command=command))
+    units = tuple(
+        _unit(chosen, {"model": model, "data": data, "width": width, "epochs": epochs or 12, "seed": seed}, filters)
+        for model in models or scale.models
+        for seed in seeds
+    )
     apart = frozenset({"model", "seed"})
     return Suite(
-        name="fidelity", units=tuple(units), run=measure_fidelity, table=fidelity_table, apart=apart, draw=fidelity_plot
+        name="fidelity", units=units, run=measure_fidelity, table=fidelity_table, apart=apart, draw=fidelity_plot
     )
 
 
-def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
-    """Trains a network and compares all criteria with true ablation on the way: the work of one unit.
+def _unit(scale: Scale, asked: Mapping[str, Any], filters: int) -> Unit:
+    """The unit of one network and one seed. Raises SettingsError."""
+    images = scale.limit + scale.truth
+    training = settings_of({
+        **asked, "batch_size": scale.batch_size, "pool": scale.pool, "threads": 1, "limit": images,
+        "holdout": scale.truth / images,
+    })  # fmt: skip
+    data, model, seed = asked["data"], training.model, training.seed
+    settings: dict[str, Any] = {
+        "data": data, "model": model, "seed": seed, "filters": filters, "probe_samples": scale.probe,
+        "shares": list(SHARES), "training": training.model_dump(mode="json", exclude={"data", "model", "seed", "out"}),
+    }  # fmt: skip
+    command = f"autowidth bench fidelity --data {nameless(data)} --models {model} --seeds {seed}"
+    return Unit(name=f"{model}-seed{seed}", settings=settings, command=f"{command} --epochs {training.epochs}")
 
-    A record per moment, truth and criterion: see `judged`. Raw, per moment: the sampled filters, what was measured on
-    each block of the truth images, and what each criterion predicted.
+
+def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
+    """Trains a network and compares all measures with true ablation on the way: the work of one unit.
+
+    A record per moment, truth and measure: see `judged`. Raw, per moment: the sampled filters, what was measured on
+    each block of the truth images, and what each measure predicted.
     """
     named = {name: settings[name] for name in ("data", "model", "seed")}
     training = Settings.model_validate({**settings["training"], **named})
@@ -145,18 +147,21 @@ def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
     scoring = _scoring(images, training.seed, settings["probe_samples"])
     blocks = _blocks(images)
     records: list[Record] = []
-    raw = []
-    for number, (share, engine) in enumerate(watched_run(training, images, settings["shares"])):
-        rng = np.random.default_rng((training.seed, number))
-        look = look_at(engine, scoring, blocks, filters=settings["filters"], rng=rng)
+    raw: list[dict[str, Any]] = []
+
+    def look(share: float, engine: AutoWidth) -> None:
+        rng = np.random.default_rng((training.seed, len(raw)))
+        found = look_at(engine, scoring, blocks, filters=settings["filters"], rng=rng)
         about = {"model": training.model, "data": images.name, "seed": training.seed, "moment": share}
-        samples = {"probe_samples": sum(len(x) for x, _ in scoring), "truth_samples": look.truth_samples}
-        records += [{**about, **record, **samples} for record in judged(look)]
-        raw.append({"moment": share, "step": engine.steps, "total_steps": engine.total_steps, **_columns(look)})
+        samples = {"probe_samples": sum(len(x) for x, _ in scoring), "truth_samples": found.truth_samples}
+        records.extend({**about, **record, **samples} for record in judged(found))
+        raw.append({"moment": share, "step": engine.steps, "total_steps": engine.total_steps, **_columns(found)})
+
+    watched_run(training, images, settings["shares"], look)
     return Outcome(records=records, raw=raw)
 
 
-# ---- its effects: training, criteria, ablation
+# ---- its effects: training, measures, ablation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,36 +173,22 @@ class Watching(Budget):
         return Decision(plan={})
 
 
-def watched_run(settings: Settings, images: ImageSet, shares: Sequence[float]) -> Iterator[tuple[float, AutoWidth]]:
-    """Trains as `autowidth.lab.train.train` does, reviewing without resizing; yields its engine after each share.
+def watched_run(
+    settings: Settings, images: ImageSet, shares: Sequence[float], look: Callable[[float, AutoWidth], None]
+) -> Result:
+    """Trains by all of these settings but those of the policy: reviews take place, and resize nothing.
 
-    Seeds the global generators. What is done with the engine between two shares must leave the network as it was.
+    After each of the `shares` of the steps, `look` is called with the share and the engine, of which it must leave the
+    network as it was. Where the settings name no effort, reviews have the default one, however short the run is.
     """
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-    device = images.train.images.device
-    network = build_network(settings, images).to(device)
-    batches = images.training_batches(settings.batch_size, seed=settings.seed)
-    total = settings.epochs * len(batches)
-    optimizer = SGD(decayed_and_not(network, settings.weight_decay), settings.lr, settings.momentum, nesterov=True)
-    schedule = LambdaLR(optimizer, lambda n: one_cycle((n + 1) / (total + 1), settings.warmup))
-    engine = AutoWidth(
-        network, optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=device),
-        probe=probe_batches(images, settings.seed), loss_fn=F.cross_entropy, policy=Watching(), total_steps=total,
-        effort=settings.effort or Effort(), seed=settings.seed,
-    )  # fmt: skip
-    moments = [(max(1, round(share * total)), share) for share in shares]
-    network.train()
-    for x, y in (batch for _ in range(settings.epochs) for batch in batches):
-        loss = F.cross_entropy(network(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        engine.step()
-        for share in (share for step, share in moments if step == engine.steps):
-            yield share, engine
+
+    def watch(engine: AutoWidth) -> None:
+        for share in shares:
+            if engine.steps == max(1, round(share * engine.total_steps)):
+                look(share, engine)
+
+    looked = settings.model_copy(update={"effort": settings.effort or Effort()})
+    return train(looked, images=images, watch=watch, method=Method(policy=Watching()))
 
 
 _SCORING_EPOCH = 2**20
@@ -205,7 +196,7 @@ _SCORING_EPOCH = 2**20
 
 
 def _scoring(images: ImageSet, seed: int, samples: int) -> list[tuple[Tensor, Tensor]]:
-    """Training images for the criteria, `samples` of them, not augmented."""
+    """Training images for the measures, `samples` of them, not augmented."""
     taken, left = [], min(samples, len(images.train))
     for x, y in probe_batches(images, seed).at(_SCORING_EPOCH):
         taken.append((x[:left], y[:left]))
@@ -230,7 +221,7 @@ class Look:
 
     group, channel: which filters, m of each; blocks: for each of `TRUTHS` the loss change by ablation on each block of
     images, (b, m), nats per sample; predictions
-    and units by criterion, (m,) each, NaN where a criterion says nothing; seconds: of the criterion for all filters;
+    and units by measure, (m,) each, NaN where a measure says nothing; seconds: of the measure for all filters;
     coefficients: of (next-layer, own-layer) as the engine had learnt them by then.
     """
 
@@ -252,9 +243,9 @@ def look_at(
     filters: int,
     rng: np.random.Generator,
 ) -> Look:
-    """Asks all criteria about a random sample of filters, then takes each of these away for real.
+    """Asks all measures about a random sample of filters, then takes each of these away for real.
 
-    All under norms that are settled on the scoring images, as in a review. The network is left as it was.
+    All under norm statistics that are precise for the scoring images, as in a review. The network is left as it was.
     """
     network, channel_map = engine.model, engine.channel_map
     picks = stratified(channel_map.widths, filters, rng)
@@ -263,9 +254,9 @@ def look_at(
         began = time.perf_counter()
         worths, fold = _ours(network, channel_map, scoring, engine.calibration.coefficients)
         seconds = dict.fromkeys(OURS, time.perf_counter() - began)
-        for name, criterion in CRITERIA.items():
+        for name, published in IMPORTANCES.items():
             began = time.perf_counter()
-            worths[name] = criterion.worth(network, channel_map, scoring, F.cross_entropy, generator=generator)
+            worths[name] = published.importance(network, channel_map, scoring, F.cross_entropy, generator=generator)
             seconds[name] = time.perf_counter() - began
         measured = {
             truth: [ablate(network, channel_map, picks, b, F.cross_entropy, folded=how) for b in blocks]
@@ -276,7 +267,7 @@ def look_at(
         channel=tuple(channel for _, channel in picks),
         blocks={truth: np.array([[a.change for a in block] for block in found]) for truth, found in measured.items()},
         predictions={key: np.array([float(w[name][c]) for name, c in picks]) for key, w in worths.items()},
-        units={**dict.fromkeys(OURS, "nats"), **{name: criterion.unit for name, criterion in CRITERIA.items()}},
+        units={**dict.fromkeys(OURS, "nats"), **{name: published.unit for name, published in IMPORTANCES.items()}},
         seconds=seconds,
         coefficients=engine.calibration.coefficients,
         truth_samples=sum(len(x) for block in blocks for x, _ in block),
@@ -289,7 +280,7 @@ def _ours(
     scoring: Sequence[tuple[Tensor, Tensor]],
     coefficients: Sequence[float],
 ) -> tuple[dict[str, Mapping[str, Tensor]], Fold]:
-    """The worths by `OURS` and channel group, from one probe, and how peers stand in, from the same."""
+    """The worths by `OURS` and channel group, from one probe, and the reconstruction of readers, from the same."""
     sums = probe(network, channel_map, scoring, F.cross_entropy)
     known = peers(sums, channel_map, effective_weights(network))
     features = parts(sums, channel_map)
@@ -322,12 +313,12 @@ def stratified(widths: Mapping[str, int], count: int, rng: np.random.Generator) 
 
 
 def judged(look: Look) -> list[Record]:
-    """How well each criterion predicted each truth at one moment, one record for every pair.
+    """How well each measure predicted each truth at one moment, one record for every pair.
 
     spearman: rank correlation with the true loss change over all sampled filters of all layers. spearman_within: the
-    mean of the rank correlations inside each channel group, see `within`. ceiling_within: what a perfect criterion
-    could be expected to reach there, see `ceiling`. ratio: median of true / predicted where the criterion predicts a
-    loss change, else None. count: filters about which the criterion says something. seconds: its time for all filters.
+    mean of the rank correlations inside each channel group, see `within`. ceiling_within: what a perfect measure
+    could be expected to reach there, see `ceiling`. ratio: median of true / predicted where the measure predicts a
+    loss change, else None. count: filters about which the measure says something. seconds: its time for all filters.
     """
     records = []
     for kind, blocks in look.blocks.items():
@@ -352,8 +343,8 @@ def judged(look: Look) -> list[Record]:
 def _expected(look: Look, kind: str) -> dict[str, Array]:
     """The predictions of one of `TRUTHS`.
 
-    Where nobody stands in, our own-layer profit is the next-layer profit (autowidth.probe with no peers known), and our
-    criterion weighs that one alone, with both coefficients.
+    Without reconstruction our own-layer profit is the next-layer profit (autowidth.probe with no co-channels known),
+    and our worth weighs that one alone, with both coefficients.
     """
     predictions = dict(look.predictions)
     if kind == "removed" and "autowidth" in predictions:
@@ -362,7 +353,7 @@ def _expected(look: Look, kind: str) -> dict[str, Array]:
 
 
 def rank_correlation(predicted: Array, truth: Array) -> float | None:
-    """Spearman's rank correlation over the filters about which the criterion says something.
+    """Spearman's rank correlation over the filters about which the measure says something.
 
     Zero where it says the same of all of them: it then ranks no better than chance. None where fewer than three
     filters are left, or the truth is the same for all.
@@ -390,13 +381,13 @@ def within(group: Sequence[str], predicted: Array, truth: Array) -> float | None
 
 
 def ceiling(group: Sequence[str], blocks: Array) -> float | None:
-    """What a criterion that knows the expected loss change could be expected to reach within groups.
+    """What a measure that knows the expected loss change could be expected to reach within groups.
 
     The truth is measured on finitely many images, in an even number of blocks (b, m). The means over two halves of the
     blocks correlate within groups with r, averaged over all ways to halve them. By Spearman and Brown (1910) the mean
     of all blocks then has the reliability R = 2 r / (1 + r), and its correlation with what it measures is the square
     root of R (Spearman 1904, attenuation). The formulas are for Pearson's correlation and for halves that are alike;
-    for ranks they are an approximation, and a poor one where few images make up most of the loss: criteria can then
+    for ranks they are an approximation, and a poor one where few images make up most of the loss: measures can then
     lie above. Zero where halves do not agree, None where r is not defined.
     """
     numbers = range(len(blocks))
@@ -429,14 +420,15 @@ def _columns(look: Look) -> dict[str, Any]:
 
 
 def fidelity_table(records: Sequence[Record]) -> str:
-    """The records as Markdown: a table per data set, model and truth, a row per criterion, a column per moment."""
+    """The records as Markdown: a table per data set, model and truth, a row per measure, a column per moment."""
     text = [
-        "# How well criteria predict what a filter is worth\n",
+        "# How well importance measures predict what a filter is worth\n",
         "Cells: Spearman's rank correlation with true ablation over all layers / its mean within channel groups / "
-        "median of true to predicted loss change (criteria in nats only). Means over seeds. The ceiling is what a "
-        "perfect criterion could reach within groups, given how many images the truth was measured on.\n\n"
-        "Truth: the loss change when a filter is removed from its readers, or when its peers take over what they can, "
-        "as they do when the engine removes it. Our criterion, autowidth, is told which.\n",
+        "median of true to predicted loss change (measures in nats only). Means over seeds. The ceiling is what a "
+        "perfect measure could reach within groups, given how many images the truth was measured on.\n\n"
+        "Truth: the loss change when a filter is removed from its readers, or when these are reconstructed from its "
+        "co-channels by least squares (compensated), as they are when the engine removes it. Ours, autowidth, knows "
+        "which.\n",
     ]
     for data, model, truth in dict.fromkeys((r["data"], r["model"], r["truth"]) for r in records):
         mine = [r for r in records if (r["data"], r["model"], r["truth"]) == (data, model, truth)]
@@ -446,32 +438,30 @@ def fidelity_table(records: Sequence[Record]) -> str:
         text.append(
             f"## {model} on {data}, filters {truth}\n\n"
             f"Seeds {', '.join(map(str, seeds))}; {sampled} filters at each moment; "
-            f"{mine[0]['probe_samples']} samples for each criterion, {mine[0]['truth_samples']} for the truth.\n"
+            f"{mine[0]['probe_samples']} samples for each measure, {mine[0]['truth_samples']} for the truth.\n"
         )
-        text.append("| criterion | " + " | ".join(f"{m:.0%} of the run" for m in moments) + " | seconds |")
-        text.append("|---" * (len(moments) + 2) + "|")
-        text += [_row(name, [r for r in mine if r["criterion"] == name], moments) for name in _order(mine)]
         best = [_mean([r["ceiling_within"] for r in mine if r["moment"] == m]) for m in moments]
-        text.append("| ceiling | " + " | ".join(f"/ {_two(b)}" for b in best) + " | |\n")
+        rows = [_row(name, [r for r in mine if r["criterion"] == name], moments) for name in _order(mine)]
+        rows.append(["ceiling", *(f"/ {_two(b)}" for b in best), ""])
+        text.append(markdown(["importance", *(f"{m:.0%} of the run" for m in moments), "seconds"], rows) + "\n")
     return "\n".join(text)
 
 
 def _order(records: Sequence[Record]) -> list[str]:
-    """The criteria, best mean rank correlation over all moments first."""
+    """The measures, best mean rank correlation over all moments first."""
     names = dict.fromkeys(r["criterion"] for r in records)
     means = {name: _mean([r["spearman"] for r in records if r["criterion"] == name]) for name in names}
     return sorted(names, key=lambda name: -(means[name] if means[name] is not None else -2.0))  # type: ignore[operator]
 
 
-def _row(name: str, records: Sequence[Record], moments: Sequence[float]) -> str:
-    cells = []
+def _row(name: str, records: Sequence[Record], moments: Sequence[float]) -> list[str]:
+    cells = [name]
     for moment in moments:
         here = [r for r in records if r["moment"] == moment]
         figures = [_mean([r[key] for r in here]) for key in ("spearman", "spearman_within", "ratio")]
         shown = figures if any(r["unit"] == "nats" for r in here) else figures[:2]
         cells.append(" / ".join(map(_two, shown)))
-    seconds = _mean([r["seconds"] for r in records])
-    return f"| {name} | " + " | ".join(cells) + f" | {_two(seconds)} |"
+    return [*cells, _two(_mean([r["seconds"] for r in records]))]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""Chance: the criterion that every other one must beat."""
+"""Chance: the importance measure that every other one must beat."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.lab.baselines import registry
 from autowidth.probe import Loss
 
 
-def worth(
+@registry.importance(name="random", unit=None, scope="layer", source="chance")
+def importance(
     model: nn.Module,
     channel_map: ChannelMap,
     batches: Sequence[tuple[Any, Any]],

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autowidth.cost import count_macs, macs_cost
+from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
+from autowidth.lab.loop import probe_batches
 from autowidth.lab.models import initialise, spec
-from autowidth.lab.train import probe_batches
 from autowidth.policy import BudgetError
 from autowidth.trace import trace
 
@@ -36,11 +37,11 @@ SCALES = tuple(2 ** (-number / 2) for number in range(-2, 9))
 """The lengths that are tried for a step of GroMo, its own scaling factor: 2 down to 1/16."""
 
 
-class PeerError(ImportError):
+class MissingToolError(AutoWidthError, ImportError):
     """A tool that is not installed."""
 
 
-class UnfitModelError(ValueError):
+class UnfitModelError(AutoWidthError, ValueError):
     """A model that a tool cannot work on."""
 
 
@@ -60,18 +61,11 @@ def torch_pruned(
 
     importance: `magnitude` (its group magnitude, L2), `taylor` (first order, gradients summed over two probe batches)
     or `bn-scale`. scope: `layer` prunes every layer by the same share, the smallest that meets the target; `network`
-    by its global ranking with the default normalisation. The last linear layer keeps its outputs. Raises PeerError
-    where the tool is not installed.
+    by its global ranking with the default normalisation. The last linear layer keeps its outputs.
+
+    Raises MissingToolError where the tool is not installed.
     """
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise PeerError("Torch-Pruning is not installed: pip install 'autowidth[bench]'") from error
-    kinds: dict[str, Any] = {
-        "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "taylor": tp.importance.GroupTaylorImportance,
-        "bn-scale": tp.importance.BNScaleImportance,
-    }
+    tp = _torch_pruning()
     example = torch.zeros(2, *images.image_shape, device=images.train.images.device)
     target = macs * count_macs(network, example)
 
@@ -81,22 +75,43 @@ def torch_pruned(
         _put_gradients(candidate, images, seed)
         last = [module for module in candidate.modules() if isinstance(module, nn.Linear)][-1]
         pruner = tp.pruner.BasePruner(
-            candidate, example, importance=kinds[importance](), global_pruning=scope == "network",
+            candidate, example, importance=_importance(tp, importance), global_pruning=scope == "network",
             pruning_ratio=ratio, max_pruning_ratio=NARROWEST if scope == "network" else 1.0, iterative_steps=steps,
             ignored_layers=[last],
         )  # fmt: skip
-        for _ in range(steps):
-            pruner.step()
-            if count_macs(candidate, example) <= target:
-                break
-        for parameter in candidate.parameters():
-            parameter.grad = None
+        _walk(pruner, candidate, example, steps, target)
         return candidate
 
     if scope == "network":
         return pruned(NARROWEST + 0.05, STEPS)
     ratios = (number / 100 for number in range(100))
     return next(c for ratio in ratios if count_macs(c := pruned(ratio, 1), example) <= target)
+
+
+def _torch_pruning() -> Any:
+    """The tool itself. Raises MissingToolError."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise MissingToolError("Torch-Pruning is not installed: pip install 'autowidth[bench]'") from error
+    return torch_pruning
+
+
+def _importance(tp: Any, name: str) -> Any:
+    """The tool's own importance measure of this name."""
+    if name == "magnitude":
+        return tp.importance.GroupMagnitudeImportance(p=2)
+    return {"taylor": tp.importance.GroupTaylorImportance, "bn-scale": tp.importance.BNScaleImportance}[name]()
+
+
+def _walk(pruner: Any, candidate: nn.Module, example: Tensor, steps: int, target: float) -> None:
+    """Prunes the candidate step by step, up to the first that meets the target, and drops its gradients."""
+    for _ in range(steps):
+        pruner.step()
+        if count_macs(candidate, example) <= target:
+            break
+    for parameter in candidate.parameters():
+        parameter.grad = None
 
 
 def _put_gradients(network: nn.Module, images: ImageSet, seed: int) -> None:
@@ -129,7 +144,7 @@ def growth_plan(model: str, images: ImageSet, macs: float) -> GrowthPlan:
 
     Its streams are in the ratio 1 : 2 : 4, because GroMo builds no others; the inner widths, in the same ratio up to
     rounding, take what the streams leave of the target. Raises UnfitModelError for a model that is no resnetN with
-    projection shortcuts, BudgetError for a target below one channel, PeerError where the tool is not installed.
+    projection shortcuts, BudgetError for a target below one channel, MissingToolError where the tool is not installed.
     """
     plan = GrowthPlan(blocks=_blocks_per_stage(model), stream=16, inner=(16, 32, 64))
     channel_map = trace(_residual(plan, images, plan.inner, "cpu"), torch.zeros(2, *images.image_shape))
@@ -171,7 +186,7 @@ def growing_network(plan: GrowthPlan, images: ImageSet, *, share: float, device:
     blocks of two 3x3 convolutions whose ReLU comes after the addition, 1x1 shortcuts with norm where the stride is 2,
     average pooling, one linear layer. The initialisation is ours as well. What differs: between the convolutions of
     a block stands a dropout of rate 0, and streams keep the ratio 1 : 2 : 4. (N, C, H, W) -> (N, classes). Raises
-    PeerError where the tool is not installed.
+    MissingToolError where the tool is not installed.
     """
     network = _residual(plan, images, plan.inner_at(share), device)
     initialise(network)
@@ -182,7 +197,9 @@ def _residual(plan: GrowthPlan, images: ImageSet, inner: Sequence[int], device: 
     try:
         from gromo.containers.resnet import init_full_resnet_structure
     except ImportError as error:
-        raise PeerError("GroMo is not installed: pip install 'autowidth[bench]', with Python 3.11 or newer") from error
+        raise MissingToolError(
+            "GroMo is not installed: pip install 'autowidth[bench]', with Python 3.11 or newer"
+        ) from error
     network: nn.Module = init_full_resnet_structure(
         input_shape=images.image_shape, out_features=len(images.classes), device=torch.device(device),
         hidden_channels=tuple(inner), number_of_blocks_per_stage=plan.blocks, nb_stages=len(inner),

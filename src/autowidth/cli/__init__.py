@@ -1,0 +1,47 @@
+"""The command line: train, inspect, bench."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from autowidth.cli import bench, inspect, train
+from autowidth.version import __version__
+
+app = typer.Typer(
+    name="autowidth",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Runs the command that the arguments name."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autowidth {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train a CNN once and come out with the right number of filters in every layer.
+
+    Start with [bold]autowidth train[/bold]: it needs no arguments, no download and no GPU.
+    """
+
+
+app.command("train", epilog=train.EXAMPLES)(train.command)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.command("bench", epilog=bench.EXAMPLES)(bench.command)

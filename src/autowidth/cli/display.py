@@ -1,0 +1,172 @@
+"""What the command prints of a run: lines or a live screen while it trains, a table and the result at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from autowidth.cost import macs_cost
+from autowidth.history import Event
+from autowidth.lab.policies import described, reviewed
+from autowidth.lab.result import Progress, Result
+from autowidth.lab.settings import Settings
+
+
+def console_for(*, stderr: bool) -> Console:
+    """A console that does not fold tables where nobody reads along in a terminal."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=int(os.environ.get("COLUMNS", 120)))
+
+
+class Silence:
+    """Shows nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def show(self, progress: Progress) -> None:
+        """Nothing."""
+
+
+class Lines(Silence):
+    """One line per epoch and per review, for logs and pipes."""
+
+    def __init__(self, console: Console, settings: Settings) -> None:
+        self.console = console
+        self.settings = settings
+
+    def show(self, progress: Progress) -> None:
+        """Prints a line if an epoch or a review is over."""
+        if (line := self._line(progress)) is not None:
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self.console.file.flush()
+
+    def _line(self, p: Progress) -> str | None:
+        if p.moment == "start":
+            return _opening(self.settings, p)
+        if p.moment == "review" and p.event is not None:
+            return f"  {_described(p.event, p.reviews)}; widths {_widths(p.widths)}"
+        if p.moment == "epoch":
+            accuracy = "      -" if p.accuracy is None else f"{p.accuracy:7.2%}"  # not evaluated after every epoch
+            return (
+                f"epoch {p.epoch:>{len(str(p.epochs))}}/{p.epochs}  loss {p.loss:.4f}  accuracy {accuracy}  "
+                f"MACs {p.macs / p.macs_start:6.1%}  parameters {p.params / p.params_start:6.1%}  {p.seconds:.1f} s"
+            )
+        return None
+
+
+class Screen(Silence):
+    """A live display for a terminal: bar, figures, widths, the last review."""
+
+    def __init__(self, console: Console, settings: Settings) -> None:
+        self.settings = settings
+        self.bar = Bar(
+            TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self.task = self.bar.add_task("epoch", total=settings.epochs)
+        self.live = Live(console=console, refresh_per_second=8)
+
+    def __enter__(self) -> None:
+        self.live.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.live.__exit__(None, None, None)
+
+    def show(self, progress: Progress) -> None:
+        """Draws where the run stands."""
+        p = progress
+        self.bar.update(self.task, completed=p.epochs * p.step // p.total_steps)
+        figures = Table.grid(padding=(0, 3))
+        figures.add_row("loss", "accuracy", "MACs", "parameters", "reviews", style="dim")
+        figures.add_row(
+            "" if p.loss is None else f"{p.loss:.4f}",
+            "" if p.accuracy is None else f"{p.accuracy:.2%}",
+            f"{short(p.macs)} ({p.macs / p.macs_start:.1%})",
+            f"{short(p.params)} ({p.params / p.params_start:.1%})",
+            str(p.reviews),
+        )
+        last = (
+            _described(p.event, p.reviews) if p.event else "no review yet" if reviewed(self.settings) else "no reviews"
+        )
+        widths = Text(f"widths {_widths(p.widths)}")
+        self.live.update(Group(Text(_opening(self.settings, p)), self.bar, figures, widths, Text(last)))
+
+
+def display_for(console: Console, settings: Settings, *, quiet: bool) -> Silence:
+    """What shows a run: nothing, a live screen where the console is a terminal, or lines."""
+    if quiet:
+        return Silence()
+    return Screen(console, settings) if console.is_terminal else Lines(console, settings)
+
+
+def _opening(settings: Settings, p: Progress) -> str:
+    """What is trained in a line, and on what images in another."""
+    aim = described(settings.policy)
+    start = f"{short(p.macs_start)} MACs, {short(p.params_start)} parameters"
+    run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
+    return f"{run}\n{p.data}"
+
+
+def _described(event: Event, number: int) -> str:
+    """A review in one line."""
+    moved = f"-{sum(event.removed.values())} +{sum(event.inserted.values())} filters"
+    parts = [f"review {number} at step {event.step}: {moved}"]
+    if event.announced is not None and event.measured is not None:
+        parts.append(f"loss {event.measured:+.4f} nats (predicted {event.announced:+.4f})")
+    if event.fidelity is not None and event.fidelity.spearman is not None:
+        parts.append(f"audit agreed {event.fidelity.spearman:.2f}")
+    return ", ".join(parts)
+
+
+def _widths(widths: Mapping[str, int]) -> str:
+    return " ".join(map(str, widths.values()))
+
+
+def groups_table(result: Result) -> Table:
+    """Every channel group: its widths, what one channel costs, what its filters were worth at the last review."""
+    events = result.history.events
+    worths = events[-1].worths if events else {}
+    cost = macs_cost(result.channel_map)
+    marginal = dict(zip(cost.names, cost.of_channel(result.widths).tolist(), strict=True))
+    table = Table("channel group", title="What became of the widths", title_justify="left", box=None)
+    for heading in ("before", "after", "MACs per channel", "worth of weakest", "of strongest (nats)"):
+        table.add_column(heading, justify="right")
+    for name, before in result.widths_start.items():
+        weakest, _, strongest = worths.get(name, (None, None, None))
+        span = ["-" if w is None else f"{w:.2e}" for w in (weakest, strongest)]
+        table.add_row(escape(name), str(before), str(result.widths[name]), f"{marginal[name]:,.0f}", *span)
+    return table
+
+
+def closing(result: Result) -> str:
+    """The result in a line, and where it lies in another."""
+    r = result
+    what = "accuracy" if r.part == "test" else "held-out accuracy"
+    share = f"{r.review_seconds / r.seconds:.1%} of it in {r.reviews} reviews" if r.reviews else "no reviews"
+    timed = f", {r.latency_ms:.3g} ms an image instead of {r.latency_ms_start:.3g}" if r.latency_ms else ""
+    moved = f", {r.removed} filters removed, {r.inserted} inserted ({r.inserted_alive} alive)" if r.reviews else ""
+    return (
+        f"[bold]{what} {r.accuracy:.2%} with {r.macs / r.macs_start:.1%} of the MACs and "
+        f"{r.params / r.params_start:.1%} of the parameters[/bold] of the starting network{timed}{moved}; "
+        f"{r.seconds:.1f} s, {share}\nwritten to {escape(str(r.out))}: model.safetensors, run.json, history.jsonl"
+    )
+
+
+def short(number: float) -> str:
+    """A count in three digits: 41.2 M."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"

@@ -1,0 +1,64 @@
+"""What stands between a user and a traceback: mistakes become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from autowidth.checkpoint import CheckpointError
+from autowidth.engine import ForeignOptimizerError, NothingToResizeError
+from autowidth.errors import AutoWidthError
+from autowidth.history import HistoryError
+from autowidth.lab.data import DataError, UnknownDataError
+from autowidth.lab.models import UnknownModelError
+from autowidth.policy import BudgetError
+from autowidth.probe import ProbeError
+from autowidth.trace import TraceError
+
+
+class UsageError(AutoWidthError, ValueError):
+    """An argument that has not the form it should have."""
+
+
+MISTAKES = (
+    AutoWidthError,
+    FloatingPointError,
+    OSError,
+    UnknownModelError,
+    UnknownDataError,
+    DataError,
+    BudgetError,
+    NothingToResizeError,
+    ForeignOptimizerError,
+    ProbeError,
+    TraceError,
+    CheckpointError,
+    HistoryError,
+)
+"""What a user can mend. Everything else is a bug, and shows its traceback."""
+
+
+@contextmanager
+def door(*, debug: bool, interrupted: str = "nothing was written") -> Iterator[None]:
+    """Turns a user's mistake into one sentence on stderr and exit code 2; with `debug`, lets the traceback out.
+
+    `interrupted` says what is left where the user breaks off.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(f"interrupted; {interrupted}", 130)
+    except BrokenPipeError:  # whoever read the output has gone, as in `| head`; typer ends quietly
+        raise
+    except MISTAKES as error:
+        if debug:
+            traceback.print_exc()
+        _fail(str(error) or type(error).__name__, 2)
+
+
+def _fail(sentence: str, code: int) -> None:
+    typer.echo(f"autowidth: {' '.join(sentence.split())}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,115 @@
+"""autowidth train: one run, from the options to its result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autowidth.cli.display import closing, console_for, display_for, groups_table
+from autowidth.cli.door import door
+from autowidth.lab.loop import train
+from autowidth.lab.policies import from_options
+from autowidth.lab.settings import Settings, settings_from
+
+EXAMPLES = """[bold]Examples[/bold]
+
+digits, ResNet-20, as wide as the digits need, about a minute:
+  autowidth train
+the same, ending at half of the MACs:
+  autowidth train --macs 0.5
+the same run without reviews, for comparison:
+  autowidth train --no-edit --out runs/plain
+start narrow, and let filters be inserted:
+  autowidth train --width 0.5 --macs 1
+a network of yours on pictures of yours:
+  autowidth train --model my_net:Net --data folder:photos
+settings out of a file, the result for a program:
+  autowidth train --config run.toml --seed 1 --json
+
+A configuration file, TOML or JSON, holds the same names, and a table
+for the policy and one for the reviews:
+  epochs = 30
+  budget = {macs = 0.4, count = 8}
+  effort = {audit_filters = 20}
+What is in neither may be in the environment: AUTOWIDTH_EPOCHS=30.
+"""
+
+
+def _option(setting: str, *names: str) -> Any:
+    """An option that fills this setting; its help and its default are the setting's."""
+    field = Settings.model_fields[setting]
+    default = "" if field.default is None else f"; default {field.default}"
+    return typer.Option(*names, help=f"{field.description}{default}")
+
+
+Model = Annotated[str | None, _option("model", "--model")]
+Data = Annotated[str | None, _option("data", "--data")]
+Macs = Annotated[
+    float | None, typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image")
+]
+Params = Annotated[float | None, typer.Option(help="end at this cost, in parameters instead of MACs")]
+Latency = Annotated[
+    float | None, typer.Option(help="end at this share of the time that a forward pass of one image takes here")
+]
+LatencyMs = Annotated[float | None, typer.Option(help="the same in milliseconds")]
+Price = Annotated[float | None, typer.Option(help="end where a MAC earns what it costs: nats for all starting MACs")]
+Auto = Annotated[
+    bool, typer.Option("--auto", help="as wide as the data justify; this is what happens without any target")
+]
+Epochs = Annotated[int | None, _option("epochs", "--epochs")]
+BatchSize = Annotated[int | None, _option("batch_size", "--batch-size")]
+Rate = Annotated[float | None, _option("lr", "--lr")]
+Seed = Annotated[int | None, _option("seed", "--seed")]
+Width = Annotated[float | None, _option("width", "--width")]
+Out = Annotated[Path | None, typer.Option(help="folder that the run is written to; default runs/MODEL-DATA-SEED")]
+Config = Annotated[Path | None, typer.Option(help="file of settings, TOML or JSON; options overrule it")]
+Device = Annotated[str | None, _option("device", "--device")]
+Threads = Annotated[int | None, _option("threads", "--threads")]
+NoEdit = Annotated[bool, typer.Option("--no-edit", help="plain training: no reviews, no resizing")]
+AsJson = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no table, only the result")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def command(
+    model: Model = None, data: Data = None, macs: Macs = None, params: Params = None, latency: Latency = None,
+    latency_ms: LatencyMs = None, price: Price = None, auto: Auto = False, epochs: Epochs = None,
+    batch_size: BatchSize = None, lr: Rate = None, seed: Seed = None, width: Width = None, out: Out = None,
+    config: Config = None, device: Device = None, threads: Threads = None, no_edit: NoEdit = False,
+    as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Train a network, and come out with the right number of filters in every layer."""
+    bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
+    options = {
+        "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+        "width": width, "out": out, "device": device, "threads": threads,
+    }  # fmt: skip
+    with door(debug=debug):
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= from_options(bounds, price=price, auto=auto, edit=False if no_edit else None)
+        settings = settings_from(given, config=config)
+        if settings.out is None:
+            settings = settings.model_copy(update={"out": default_folder(settings)})
+        _run(settings, as_json=as_json, quiet=quiet)
+
+
+def _run(settings: Settings, *, as_json: bool, quiet: bool) -> None:
+    """Trains, shows how it goes on, prints the result; as JSON on stdout, and the rest on stderr, where asked for."""
+    console = console_for(stderr=as_json)
+    with (display := display_for(console, settings, quiet=quiet)):
+        result = train(settings, report=display.show)
+    if not quiet:
+        console.print(groups_table(result))
+    console.print(closing(result), soft_wrap=True, highlight=False)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), allow_nan=False))
+
+
+def default_folder(settings: Settings) -> Path:
+    """runs/MODEL-DATA-SEED, in characters that every file system takes."""
+    name = f"{settings.model}-{settings.data}-{settings.seed}"
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", name).strip("-.")

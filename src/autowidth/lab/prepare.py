@@ -1,0 +1,123 @@
+"""What a run needs before it trains: device, images, network, folder; what cannot be is refused in a sentence."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autowidth.checkpoint import HISTORY, MODEL, RUN
+from autowidth.errors import AutoWidthError
+from autowidth.lab.data import ImageSet, load
+from autowidth.lab.models import MODELS, UnknownModelError, resolve, spec
+from autowidth.lab.settings import Settings
+
+
+class DeviceError(AutoWidthError, ValueError):
+    """A device that this machine does not have."""
+
+
+class ModelError(AutoWidthError, ValueError):
+    """A model that cannot be built, or that does not fit the images."""
+
+
+class FolderError(AutoWidthError, ValueError):
+    """A folder that a run cannot be written to."""
+
+
+def load_images(settings: Settings) -> ImageSet:
+    """The image set that the settings name. Raises as `autowidth.lab.data.load` does."""
+    return load(
+        settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=settings.size,
+        skip_corrupt=settings.skip_corrupt, stream_above=settings.stream_above, workers=settings.workers,
+    )  # fmt: skip
+
+
+def build_network(settings: Settings, images: ImageSet) -> nn.Module:
+    """The starting network for these images, fresh weights out of the global generator, on the CPU.
+
+    Raises UnknownModelError for a name that leads nowhere, ModelError where the network cannot be built or does not
+    give one score per class.
+    """
+    channels, height, width = images.image_shape
+    name, classes = settings.model, len(images.classes)
+    if ":" not in name and min(height, width) < (least := spec(name).smallest):
+        fitting = ", ".join(k for k, s in MODELS.items() if s.smallest <= min(height, width)) or "none built in"
+        raise ModelError(
+            f"{name} needs images of at least {least} x {least}, those of {images.name} are {height} x {width}; "
+            f"models that take them: {fitting}"
+        )
+    try:
+        network = resolve(name, num_classes=classes, in_channels=channels, width=settings.width)
+    except UnknownModelError:
+        raise
+    except Exception as error:  # it is the user's code that runs here
+        raise ModelError(f"cannot build the model {name}: {type(error).__name__}: {error}") from error
+    _check_scores(name, network, torch.zeros(2, channels, height, width), classes)
+    return network
+
+
+def _check_scores(name: str, network: nn.Module, example: Tensor, classes: int) -> None:
+    """Raises ModelError where the network does not turn images into one score per class."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            scores = network(example)
+    except Exception as error:  # it is the user's code that runs here
+        raise ModelError(
+            f"{name} does not run on images of shape {tuple(example.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    network.train(training)
+    got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if got != (len(example), classes):
+        raise ModelError(
+            f"{name} returns {got} for images of shape {tuple(example.shape)}, expected a tensor of shape "
+            f"{(len(example), classes)}: one score per class"
+        )
+
+
+def find_device(text: str) -> torch.device:
+    """The device of this name; `auto` is cuda where there is one. Raises DeviceError."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {text!r} is not known here; allowed are auto, cpu, cuda and cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} CUDA device{'' if count == 1 else 's'}"
+        raise DeviceError(f"device {text!r} is not there: torch {torch.__version__} sees {found}; use cpu or auto")
+    return device
+
+
+def check_folder(out: Path) -> None:
+    """Raises FolderError where a run cannot be written to `out`, or where something that is no run lies there.
+
+    Leaves nothing behind, not even the folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise FolderError(f"cannot write a run to {out}: it is a file; name a folder")
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        names = [] if missing else os.listdir(out)
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise FolderError(f"cannot write a run to {out}: {error.strerror}; name a folder you may write to") from error
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
+    # Files with such names are a run, or what a run left whose saving was cut short.
+    if names and not any(file in name for name in names for file in (RUN, MODEL, HISTORY)):
+        raise FolderError(
+            f"{out} is not empty and holds no {RUN}, so it is no folder of a run: name a new or an empty folder"
+        )

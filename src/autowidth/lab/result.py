@@ -1,0 +1,97 @@
+"""How a run stands while it goes on, and what it ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import nn
+
+from autowidth.channels import ChannelMap
+from autowidth.history import Event, History
+
+Moment = Literal["start", "batches", "review", "epoch"]
+"""Why a report is made: training is about to start, some batches are done, a review took place, an epoch is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stands.
+
+    `data` names splits and class counts in a line. `loss` is the mean training loss of this epoch so far, `accuracy`
+    that of the last evaluation, None before it.
+    `event` is the last review's, None before the first.
+    """
+
+    moment: Moment
+    data: str
+    epoch: int
+    epochs: int
+    step: int
+    total_steps: int
+    loss: float | None
+    accuracy: float | None
+    macs: int
+    macs_start: int
+    params: int
+    params_start: int
+    widths: dict[str, int]
+    event: Event | None
+    reviews: int
+    seconds: float
+
+
+Report = Callable[[Progress], None]
+"""What is called as a run goes on."""
+
+
+def silent(progress: Progress) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run ended with. Accuracy is a share, loss in nats per image, MACs those of one image.
+
+    `part` says on which images accuracy and loss were measured. `seconds` is the wall time of the loop with its
+    evaluations, `review_seconds` the part of it that reviews took, `cpu_seconds` the processor time of the loop, on
+    which other processes of a busy machine weigh less. `latency_ms` is what a forward pass of one image takes, None
+    where the policy does not bound it. `inserted_alive` counts inserted filters that are still there, `skipped` images
+    that were left out because they cannot be read. `network` is the averaged copy where there is one.
+    """
+
+    model: str
+    data: str
+    part: str
+    seed: int
+    epochs: int
+    accuracy: float
+    loss: float
+    macs: int
+    macs_start: int
+    params: int
+    params_start: int
+    latency_ms: float | None
+    latency_ms_start: float | None
+    removed: int
+    inserted: int
+    inserted_alive: int
+    skipped: int
+    reviews: int
+    seconds: float
+    cpu_seconds: float
+    review_seconds: float
+    device: str
+    threads: int
+    widths_start: dict[str, int]
+    widths: dict[str, int]
+    out: str | None
+    network: nn.Module = field(repr=False, compare=False)
+    channel_map: ChannelMap = field(repr=False, compare=False)
+    history: History = field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """All that JSON can hold: everything but the network and its channel map; of the history, its digest."""
+        names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
+        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}
