@@ -49,6 +49,11 @@ FLOORS = {
     "lab.bench": 4.4,
     "lab.suites.*": 4.5,
     "lab.suites.__init__": 4.6,
+    "lab.studies.__init__": 4.7,
+    "lab.studies.widths": 4.71,
+    "lab.studies.surrogate": 4.72,
+    "lab.studies.shapes_report": 4.73,
+    "lab.studies.*": 4.8,
     "cli": 5,
 }
 """File -> floor. Imports point to lower numbers only; `*` is every file of a folder without a line of its own."""

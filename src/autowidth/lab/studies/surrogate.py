@@ -13,7 +13,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from autowidth.lab.studies.widths import Array, Shape, Space, distance, log_widths, random_direction
 
-CANDIDATES = 1200
+CANDIDATES = 500
 """Shapes among which Thompson samples choose."""
 
 APART = 0.05
@@ -52,6 +52,14 @@ class Surrogate:
         x = np.stack([log_widths(shape) for shape in shapes])
         return np.asarray(self.process.predict(x) * self.scale + self.shift)
 
+    def drawn(self, shapes: Sequence[Shape], count: int, generator: np.random.Generator) -> Array:
+        """Accuracies of the shapes in `count` functions drawn from the process, (count, shapes), without noise."""
+        mean, covariance = self.process.predict(np.stack([log_widths(s) for s in shapes]), return_cov=True)
+        quiet = covariance - (self.process.kernel_.k2.noise_level - 1e-6) * np.eye(len(shapes))
+        root = np.linalg.cholesky(quiet)
+        standard = mean + generator.standard_normal((count, len(shapes))) @ root.T
+        return np.asarray(standard * self.scale + self.shift)
+
     @property
     def noise(self) -> float:
         """Standard deviation of accuracy between repeats of one shape, as the process sees it."""
@@ -87,8 +95,7 @@ def proposals(space: Space, surrogate: Surrogate, trained: Sequence[Shape], coun
             break
         _take(chosen, climbed(space, surrogate, start), trained)
     around = _candidates(space, ranked[:20], generator)
-    drawn = surrogate.process.sample_y(np.stack([log_widths(s) for s in around]), count * 4, random_state=seed)
-    for sample in drawn.T:
+    for sample in surrogate.drawn(around, count * 4, generator):
         if len(chosen) >= count:
             break
         _take(chosen, around[int(sample.argmax())], trained)
@@ -118,7 +125,7 @@ def _candidates(space: Space, bases: Sequence[Shape], generator: np.random.Gener
     return list(found)
 
 
-def climbed(space: Space, surrogate: Surrogate, start: Shape, steps: int = 40) -> Shape:
+def climbed(space: Space, surrogate: Surrogate, start: Shape, steps: int = 25) -> Shape:
     """The shape reached from `start` by the best single step, again and again, until none promises more.
 
     A step widens one group and narrows all others a little, or the reverse: the cost stays the same.

@@ -9,12 +9,16 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from autowidth.cost import Cost
 
 Array: TypeAlias = NDArray[np.float64]
 Shape: TypeAlias = tuple[int, ...]
 """The widths of a network in the order of its channel groups."""
+
+FAR = 12.0
+"""Largest shift of log widths that is looked at: every width is at a bound by then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,12 @@ class Space:
 
     def share(self, widths: Sequence[float] | Array) -> float:
         """The MACs of these widths as a share of those of the dense network."""
-        return self.cost.at(np.asarray(widths, dtype=np.float64)) / self.cost.at(np.asarray(self.dense, dtype=float))
+        return self.cost.at(np.asarray(widths, dtype=np.float64)) / self.macs_dense
+
+    @property
+    def macs_dense(self) -> float:
+        """The MACs of the dense network."""
+        return self.cost.at(np.asarray(self.dense, dtype=np.float64))
 
     def admits(self, widths: Sequence[int]) -> bool:
         """Whether the shape lies in the band and within the bounds."""
@@ -64,12 +73,17 @@ class Space:
 
     def _at_cost(self, logs: Array) -> Array:
         """Widths, not rounded, exp(`logs`) times the factor at which they cost the upper end of the band."""
-        low, high = -12.0, 12.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            widths = np.clip(np.exp(logs + middle), self.least, self._most)
-            low, high = (middle, high) if self.share(widths) < self.high else (low, middle)
-        return np.asarray(np.clip(np.exp(logs + low), self.least, self._most))
+        whole, most = self.macs_dense, self._most
+
+        def at(shift: float) -> Array:
+            return np.asarray(np.clip(np.exp(logs + shift), self.least, most))
+
+        def excess(shift: float) -> float:
+            return self.cost.at(at(shift)) / whole - self.high
+
+        if excess(-FAR) >= 0:
+            return at(-FAR)
+        return at(brentq(excess, -FAR, FAR, xtol=1e-9) if excess(FAR) > 0 else FAR)
 
     def _next_up(self, widths: Array, ideal: Array) -> int | None:
         """The group furthest below its ideal width that has room for one channel more; None where there is none."""
