@@ -51,8 +51,10 @@ FLOORS = {
     "lab.suites.__init__": 4.6,
     "lab.studies.__init__": 4.7,
     "lab.studies.widths": 4.71,
+    "lab.studies.published": 4.71,
     "lab.studies.surrogate": 4.72,
-    "lab.studies.shapes_report": 4.73,
+    "lab.studies.shape_settings": 4.72,
+    "lab.studies.shapes_report": 4.74,
     "lab.studies.*": 4.8,
     "cli": 5,
 }

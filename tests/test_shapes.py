@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 
 from autowidth.lab.bench import Record, Suite
 from autowidth.lab.studies import shapes
-from autowidth.lab.studies.shapes import (
-    FINALISTS,
-    SEEDS,
-    Plan,
-    first_trials,
-    found_shapes,
-    main,
-    space_of,
-    study,
-    uniform_shape,
-)
+from autowidth.lab.studies.shape_settings import space_of, uniform_shape
+from autowidth.lab.studies.shapes import FINALISTS, SEEDS, Plan, first_trials, found_shapes, main, study
 from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import APART, Surrogate, climbed, proposals
 from autowidth.lab.studies.widths import Shape, distance, log_widths, random_direction, structured

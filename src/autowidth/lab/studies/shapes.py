@@ -1,9 +1,9 @@
-"""How much the shape of a network wins at equal cost: shapes trained from scratch, a model of them, its best ones.
+"""How much the shape of a network wins at equal cost: shapes that are trained, a model of them, its best ones.
 
     python -m autowidth.lab.studies.shapes --data cifar10:PATH --setting resnet20-mini --out results
 
-A study trains many shapes (widths per channel group) of one network, all at 24 to 25 % of the dense MACs, by one
-recipe, and measures them on training images that are held out:
+A study trains many shapes (widths per channel group) of one network, all within one percent of the dense MACs, by one
+recipe, and measures them on training images that are held out (settings: `shape_settings.py`):
 
     the first shapes: uniform width, shapes that our runs found, structured and random directions around them
     rounds: a model of accuracy over log widths is fitted to all that was trained; it proposes the next `ROUND` shapes
@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from autowidth.cost import macs_cost
-from autowidth.lab.bench import Outcome, Record, Standing, Suite, Unit, bench, nameless
-from autowidth.lab.methods import Task, fresh_network, uniform_widths
-from autowidth.lab.models import resolve
+from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless
+from autowidth.lab.methods import Task, fresh_network
+from autowidth.lab.studies.published import ToShape, as_published, published_resnet
+from autowidth.lab.studies.shape_settings import SETTINGS, is_ours, space_of, training_of, uniform_shape
 from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import Surrogate, proposals
 from autowidth.lab.studies.widths import Shape, Space, log_widths, random_direction, structured
-from autowidth.lab.suites.compare import RECIPES
-from autowidth.lab.train import EVALUATED, Method, Result, Settings, evaluate, load_images, settings_from
-from autowidth.policy import Never
-from autowidth.trace import trace
+from autowidth.lab.train import EVALUATED, Method, Result, evaluate, load_images
+from autowidth.policy import Budget, Never
 
 ROUND = 15
 """Shapes that the model proposes at a time."""
 
 SEEDS = (0, 1, 2)
+
+OWN = "own-run"
+"""The origin of a run in which our engine chooses the widths; its record stays out of the model of shapes."""
 
 FINALISTS = 5
 """Shapes, best by the model, that are repeated on all seeds at the end."""
@@ -56,61 +57,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """A network, its recipe and its images.
-
-    recipe: the name in `suites.compare.RECIPES`; choice: what sets held-out images apart from the training images,
-    of which as many are left as the recipe trains on; image: the shape of one image.
-    """
-
-    model: str
-    recipe: str
-    choice: Mapping[str, Any]
-    image: tuple[int, int, int]
-    macs: float = 0.25
-
-
-HALVED = {"limit": 40_000, "holdout": 0.5}
-
-SETTINGS: Mapping[str, Setting] = {
-    "resnet20-mini": Setting(model="resnet20", recipe="mini", choice=HALVED, image=(3, 16, 16)),
-    "vgg8-mini": Setting(model="vgg8", recipe="mini", choice=HALVED, image=(3, 16, 16)),
-    "resnet8-digits": Setting(model="resnet8", recipe="digits", choice={"holdout": 0.3}, image=(1, 8, 8)),
-}
-"""The settings by name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A shape to train from a seed. origin: where it comes from in a word; source: the run that found it, or how it
-    was made; parts: the images that it is measured on."""
+    """A shape to train from a seed; no widths: our engine chooses them.
+
+    origin: where the shape comes from in a word; source: the run that found it, or how it was made; parts: the images
+    that it is measured on.
+    """
 
     widths: Shape
     seed: int
     origin: str
     source: str = ""
     parts: tuple[str, ...] = ("held_out",)
-
-
-# ---- the space of a setting ------------------------------------------------------------------------------------------
-
-
-@cache
-def space_of(name: str) -> Space:
-    """The shapes of a setting's network."""
-    setting = SETTINGS[name]
-    network = resolve(setting.model, num_classes=10, in_channels=setting.image[0])
-    channel_map = trace(network, torch.zeros(2, *setting.image))
-    low = setting.macs - 0.01
-    return Space(cost=macs_cost(channel_map), dense=tuple(channel_map.widths.values()), low=low, high=setting.macs)
-
-
-def uniform_shape(name: str) -> Shape:
-    """The shape that the comparisons' control `uniform` trains."""
-    space = space_of(name)
-    dense = dict(zip(space.cost.names, space.dense, strict=True))
-    target = SETTINGS[name].macs * space.cost.at(dense)
-    return tuple(uniform_widths(space.cost, dense, target).values())
 
 
 # ---- the first shapes ------------------------------------------------------------------------------------------------
@@ -125,7 +83,9 @@ def first_trials(name: str, found: Sequence[tuple[str, Shape]]) -> list[Trial]:
     space, uniform = space_of(name), uniform_shape(name)
     trials = [Trial(widths=uniform, seed=seed, origin="uniform") for seed in SEEDS]
     kept = [(run, shape if space.admits(shape) else space.nearest(log_widths(shape))) for run, shape in found]
-    ours = [shape for run, shape in kept if shape is not None and is_ours(run)][: len(SEEDS)]
+    ours = [shape for run, shape in kept if shape is not None and is_ours(name, run)][: len(SEEDS)]
+    if SETTINGS[name].published:  # the comparison has no runs from published weights
+        trials += [Trial(widths=(), seed=s, origin=OWN, source=_own_name(name, s)) for s in SEEDS]
     made = [
         *(("found" if shape in dict(found).values() else "found-scaled", run, shape) for run, shape in kept),
         *(("structured", what, space.nearest(log_widths(uniform) + by)) for what, by in structured(space.cost.names)),
@@ -139,6 +99,10 @@ def first_trials(name: str, found: Sequence[tuple[str, Shape]]) -> list[Trial]:
             seen.add(shape)
             trials.append(Trial(widths=shape, seed=_turn(trials), origin=origin, source=source))
     return trials
+
+
+def _own_name(name: str, seed: int) -> str:
+    return f"autowidth-seed{seed}-macs{SETTINGS[name].macs:g}-start1"
 
 
 def _between(space: Space, uniform: Shape, ours: Sequence[Shape]) -> list[tuple[str, str, Shape | None]]:
@@ -170,11 +134,6 @@ def _around(
 
 def _turn(trials: Sequence[Trial]) -> int:
     return SEEDS[len(trials) % len(SEEDS)]
-
-
-def is_ours(run: str) -> bool:
-    """Whether a run of the comparison is ours as it stands: from the dense widths, to a quarter of the MACs."""
-    return run.startswith("autowidth-seed") and run.endswith("-macs0.25-start1")
 
 
 def found_shapes(folder: Path, model: str) -> list[tuple[str, Shape]]:
@@ -225,12 +184,14 @@ class Plan:
 
     def extended(self, records: Sequence[Record]) -> bool:
         """Appends what comes next, given all records so far; False where nothing does."""
-        mine = [r for r in records if r["setting"] == self.name and r["part"] == "held_out"]
+        mine = [r for r in records if r["setting"] == self.name and r["part"] == "held_out" and r["origin"] != OWN]
         shapes = [tuple(r["widths"]) for r in mine]
         surrogate = Surrogate.fitted(shapes, [r["accuracy"] for r in mine])
         distinct = list(dict.fromkeys(shapes))
         wanted = min(ROUND, self.count - len(distinct))
-        if wanted > 0:
+        if new := self._retrained([r for r in records if r["setting"] == self.name and r["origin"] == OWN]):
+            more = new
+        elif wanted > 0:
             near = proposals(space_of(self.name), surrogate, distinct, wanted, seed=len(self.trials))
             more = [
                 Trial(widths=w, seed=SEEDS[(len(self.trials) + n) % len(SEEDS)], origin="model")
@@ -241,13 +202,24 @@ class Plan:
         self.add(more)
         return bool(more)
 
+    def _retrained(self, own: Sequence[Record]) -> list[Trial]:
+        """The shapes that our engine chose and that are not planned yet, to be trained as all others."""
+        space, more = space_of(self.name), list[Trial]()
+        for record in own:
+            shape = tuple(record["widths"])
+            kept = shape if space.admits(shape) else space.nearest(log_widths(shape))
+            if kept is not None and all(trial.widths != kept for trial in (*self.trials, *more)):
+                origin = "found" if kept == shape else "found-scaled"
+                more.append(Trial(widths=kept, seed=record["seed"], origin=origin, source=record["source"]))
+        return more
+
     def _finals(self, shapes: Sequence[Shape], surrogate: Surrogate) -> list[Trial]:
         """Repeats that are not planned yet: the best by the model, uniform, ours; on all seeds, on test images too."""
         if any("test" in trial.parts for trial in self.trials):
             return []
         ranked = [shapes[n] for n in np.argsort(-surrogate.smoothed(shapes))]
-        first = {trial.widths: trial for trial in reversed(self.trials)}
-        ours = [shape for shape, trial in first.items() if is_ours(trial.source)]
+        first = {trial.widths: trial for trial in reversed(self.trials) if trial.widths}
+        ours = [shape for shape, trial in first.items() if is_ours(self.name, trial.source)]
         picked = dict.fromkeys([uniform_shape(self.name), *ours, *ranked[:FINALISTS]])
         done = {(trial.widths, trial.seed) for trial in self.trials}
         return [
@@ -263,53 +235,47 @@ class Plan:
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
-def suite_of(plans: Sequence[Plan], data: str, *, epochs: int | None = None) -> Suite:
+def suite_of(plans: Sequence[Plan], unit: Callable[[str, Trial], Unit]) -> Suite:
     """All trials of the plans as units, in turn."""
-    turns = zip_longest(*([unit_of(plan.name, trial, data, epochs) for trial in plan.trials] for plan in plans))
-    units = tuple(unit for turn in turns for unit in turn if unit is not None)
+    turns = zip_longest(*([unit(plan.name, trial) for trial in plan.trials] for plan in plans))
+    units = tuple(found for turn in turns for found in turn if found is not None)
     return _suite(units)
 
 
 def _suite(units: tuple[Unit, ...]) -> Suite:
-    apart = frozenset({"setting", "widths", "seed", "origin", "source", "parts", "epochs", "data"})
+    apart = frozenset({"setting", "widths", "seed", "origin", "source", "parts", "epochs", "data", "weights"})
     return Suite(name="shapes", units=units, run=measure, table=table, apart=apart, draw=draw)
 
 
-def unit_of(name: str, trial: Trial, data: str, epochs: int | None = None) -> Unit:
+def unit_of(name: str, trial: Trial, data: str, *, epochs: int | None = None, weights: Path | None = None) -> Unit:
     """A training as a unit."""
-    widths = ",".join(map(str, trial.widths))
+    widths = ",".join(map(str, trial.widths)) or "autowidth"
     settings: dict[str, Any] = {
         "data": data, "setting": name, "widths": list(trial.widths), "seed": trial.seed, "origin": trial.origin,
-        "source": trial.source, "parts": list(trial.parts), "epochs": epochs or RECIPES[SETTINGS[name].recipe].epochs,
+        "source": trial.source, "parts": list(trial.parts), "epochs": epochs or SETTINGS[name].train["epochs"],
+        "weights": None if weights is None else f"file:{weights}",
     }  # fmt: skip
     command = (
         f"python -m autowidth.lab.studies.shapes --data {nameless(data)} --setting {name} --widths {widths} "
-        f"--seed {trial.seed}"
+        f"--seed {trial.seed}" + (" --weights PATH" if weights else "")
     )
     kind = "-test" if "test" in trial.parts else ""
     return Unit(name=f"{name}-{widths.replace(',', '-')}-seed{trial.seed}{kind}", settings=settings, command=command)
 
 
-def training_of(name: str, data: str, seed: int, epochs: int) -> Settings:
-    """The settings of a training: those of the comparison with the same recipe, measured on held-out images."""
-    setting = SETTINGS[name]
-    train = {key: value for key, value in RECIPES[setting.recipe].train.items() if key != "budget"}
-    return settings_from(
-        {
-            "model": setting.model, "data": data, "epochs": epochs, "seed": seed, "threads": 1, "looks": 1, **train,
-            **setting.choice,
-        }
-    )  # fmt: skip
-
-
 def measure(settings: Mapping[str, Any]) -> Outcome:
-    """Trains one shape from fresh weights: the work of one unit. A record for every part that it is measured on."""
+    """Trains one shape: the work of one unit. A record for every part that it is measured on."""
     name = settings["setting"]
     training = training_of(name, settings["data"], settings["seed"], settings["epochs"])
     task = Task(settings=training, macs=SETTINGS[name].macs, images=load_images(training))
-    widths = dict(zip(space_of(name).cost.names, settings["widths"], strict=True))
-    network = fresh_network(task, lambda _: widths)
-    result = task.trained(method=Method(policy=Never()), network=network)
+    widths = dict(zip(space_of(name).cost.names, settings["widths"], strict=bool(settings["widths"])))
+    if SETTINGS[name].published:
+        task = replace(task, images=as_published(task.images))
+        network = published_resnet(Path(settings["weights"].partition(":")[2]))
+        policy = ToShape(widths=widths) if widths else Budget(macs=task.macs, offer=0.0)
+        result = task.trained(method=Method(policy=policy), network=network)
+    else:
+        result = task.trained(method=Method(policy=Never()), network=fresh_network(task, lambda _: widths))
     return Outcome(records=[_record(settings, task, result, part) for part in settings["parts"]], raw=[])
 
 
@@ -321,7 +287,7 @@ def _record(settings: Mapping[str, Any], task: Task, result: Result, part: str) 
     space = space_of(settings["setting"])
     return {
         "setting": settings["setting"], "widths": list(result.widths.values()), "macs": result.macs,
-        "macs_dense": round(space.cost.at(np.asarray(space.dense, dtype=float))), "params": result.params,
+        "macs_dense": round(space.macs_dense), "params": result.params,
         "accuracy": accuracy, "loss": loss, "seed": result.seed, "part": part, "epochs": result.epochs,
         "seconds": round(result.cpu_seconds, 2), "origin": settings["origin"], "source": settings["source"],
     }  # fmt: skip
@@ -332,17 +298,20 @@ def _record(settings: Mapping[str, Any], task: Task, result: Result, part: str) 
 
 def study(
     names: Sequence[str], data: str, out: Path, *, processes: int = 1, count: int = 150, found: Path | None = None,
-    epochs: int | None = None,
+    epochs: int | None = None, weights: Path | None = None,
 ) -> list[Record]:  # fmt: skip
     """Trains, models and proposes until `count` shapes of each setting and the repeats of the best are there.
 
-    found: a folder of the comparison's units, from which our shapes are taken. Returns all records in `out`. Raises
-    as `bench` does.
+    found: a folder of the comparison's units, from which our shapes are taken; weights: the file of published ones.
+    Returns all records in `out`. Raises BenchError where weights are missing, and as `bench` does.
     """
+    if weights is None and any(SETTINGS[name].published for name in names):
+        raise BenchError("a setting with published weights needs their file: pass --weights PATH")
+    unit = partial(unit_of, data=data, epochs=epochs, weights=weights)
     shapes = {name: found_shapes(found, SETTINGS[name].model) if found else [] for name in names}
     plans = [Plan.opened(name, out, count=count, found=shapes[name]) for name in names]
     while True:
-        suite = suite_of(plans, data, epochs=epochs)
+        suite = suite_of(plans, unit)
         records = bench(suite, out, processes=processes, report=_logged)
         extended = [plan.extended(records) for plan in plans]  # all of them, so that settings go on in turn
         if not any(extended):
@@ -364,18 +333,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="trainings at a time, one CPU thread each")
     parser.add_argument("--count", type=int, default=150, help="different shapes per setting")
     parser.add_argument("--epochs", type=int, help="epochs of a training; not given: those of the recipe")
-    parser.add_argument("--widths", help="train this one shape: widths with commas between them")
+    parser.add_argument("--weights", type=Path, help="file of published weights, for settings that start from them")
+    parser.add_argument("--widths", help="train this one shape: widths with commas, or autowidth (published)")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the one shape")
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if asked.widths is None:
         study(
             asked.setting, asked.data, asked.out, processes=asked.processes, count=asked.count, found=asked.found,
-            epochs=asked.epochs,
+            epochs=asked.epochs, weights=asked.weights,
         )  # fmt: skip
         return
-    trial = Trial(widths=tuple(map(int, asked.widths.split(","))), seed=asked.seed, origin="asked")
-    units = tuple(unit_of(name, trial, asked.data, asked.epochs) for name in asked.setting)
+    widths = () if asked.widths == "autowidth" else tuple(map(int, asked.widths.split(",")))
+    trial = Trial(widths=widths, seed=asked.seed, origin="asked" if widths else OWN)
+    units = tuple(
+        unit_of(name, trial, asked.data, epochs=asked.epochs, weights=asked.weights) for name in asked.setting
+    )
     bench(_suite(units), asked.out)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from autowidth.lab.studies.shape_settings import is_ours
 from autowidth.lab.studies.surrogate import Surrogate
 from autowidth.lab.studies.widths import Shape, distance
 
@@ -32,8 +33,9 @@ def table(records: Sequence[Record]) -> str:
     """The records as Markdown: for every setting how far shapes differ, the best ones, and how well they are known."""
     text = [
         "# Shapes at equal cost\n",
-        "Every shape (width per channel group) is trained from fresh weights by one recipe; shapes of one setting "
-        "cost the same within a percent of the dense MACs. Accuracy in percent on training images that are held out, "
+        "Every shape (width per channel group) is trained by one recipe, from fresh weights (`published`: cut out of "
+        "published weights, which have seen the held-out images, and fine-tuned); shapes of one setting cost the same "
+        "within a percent of the dense MACs. Accuracy in percent on training images that are held out, "
         "and for the repeats on test images, mean over seeds and standard deviation between them. A model of accuracy "
         "over log widths (a Gaussian process) chooses where to look next; `by model` is what it expects of a shape.\n",
         "Command: `python -m autowidth.lab.studies.shapes --data cifar10:PATH --setting SETTING --out results`\n",
@@ -44,6 +46,8 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _section(setting: str, records: Sequence[Record]) -> list[str]:
+    own = [100 * r["accuracy"] for r in records if r["origin"] == "own-run"]
+    records = [r for r in records if r["origin"] != "own-run"]
     held = [r for r in records if r["part"] == "held_out"]
     shapes = list(dict.fromkeys(tuple(r["widths"]) for r in held))
     lines = [f"## {setting}\n", f"{len(shapes)} shapes, {len(held)} trainings on held-out images."]
@@ -53,6 +57,8 @@ def _section(setting: str, records: Sequence[Record]) -> list[str]:
     noise = _noise(held)
     if noise is not None:
         lines.append(f"Seed noise, from shapes with repeats: standard deviation {100 * noise:.2f} points.")
+    if own:
+        lines.append(f"Runs in which our engine chose the shapes of its rows: {_spread(own)} % on held-out images.")
     lines += [
         "",
         "| shape | widths | distance from uniform | held-out % | test % | by model % | MACs % |",
@@ -107,7 +113,7 @@ def _rows(records: Sequence[Record], surrogate: Surrogate | None) -> list[tuple[
         shape = tuple(r["widths"])
         if r["origin"] == "uniform":
             named.setdefault(shape, "uniform")
-        elif r["source"].startswith("autowidth-seed") and r["source"].endswith("-macs0.25-start1"):
+        elif is_ours(r["setting"], r["source"]):
             named.setdefault(shape, "ours, " + r["source"].split("-")[1])
     rows = sorted(((name, shape) for shape, name in named.items()), key=lambda row: (row[0] != "uniform", row[0]))
     others = list(dict.fromkeys(tuple(r["widths"]) for r in records if tuple(r["widths"]) not in named))
@@ -161,7 +167,8 @@ def draw(records: Sequence[Record], file: Path) -> None:
     figure = Figure(figsize=(7 * len(settings), 5.5), layout="constrained")
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for panel, setting in zip(panels, settings, strict=True):
-        _panel(panel, setting, [r for r in records if r["setting"] == setting and r["part"] == "held_out"])
+        mine = [r for r in records if r["setting"] == setting and r["part"] == "held_out"]
+        _panel(panel, setting, [r for r in mine if r["origin"] != "own-run"])
     figure.savefig(file, metadata={"Date": None})
 
 
