@@ -72,6 +72,17 @@ def test_the_share_is_that_of_counted_macs() -> None:
     assert not space.admits(space.dense)
 
 
+@pytest.mark.parametrize(("by", "group"), [(-9.0, 1), (9.0, 5)])
+def test_a_shape_beyond_the_bounds_is_not_admitted(by: float, group: int) -> None:
+    space, offset = space_of(SMALL), np.zeros(6)
+    offset[group] = by
+    loose = replace(space, least=1, most=50.0).nearest(log_widths(uniform_shape(SMALL)) + offset)
+    assert loose is not None and space.low <= space.share(loose) <= space.high
+    assert not space.admits(loose)
+    tight = space.nearest(log_widths(loose))
+    assert tight is not None and tight[group] == (2 if by < 0 else 2 * space.dense[group])
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 2))
 def test_a_random_direction_has_its_radius(seed: int, radius: float) -> None:
     offset = random_direction(8, radius, np.random.default_rng(seed))

@@ -173,7 +173,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
 
 
 def _panel(panel: Any, setting: str, records: Sequence[Record]) -> None:
-    """The dots of one setting: everything in grey below, what has a name above."""
+    """The dots of one setting: everything in grey below, what has a name above; a line at the mean of uniform width."""
     reference = _uniform(records)
     labels = {
         "other": "random and structured shapes",
@@ -183,12 +183,17 @@ def _panel(panel: Any, setting: str, records: Sequence[Record]) -> None:
     }
     for order, (kind, label) in enumerate(labels.items()):
         mine = [r for r in records if _kind(r["origin"]) == kind]
+        if not mine:
+            continue
         x = [distance(r["widths"], reference) if reference else 0.0 for r in mine]
         panel.scatter(
             x, [100 * r["accuracy"] for r in mine], s=46 if kind == "uniform" else 22, color=COLOURS[kind],
             marker="D" if kind == "uniform" else "o", alpha=0.85, linewidths=0, zorder=order + 2,
             label=f"{label} ({len(mine)})",
         )  # fmt: skip
+    uniform = [100 * r["accuracy"] for r in records if r["origin"] == "uniform"]
+    if uniform:
+        panel.axhline(statistics.mean(uniform), color=COLOURS["uniform"], linewidth=1, linestyle="--", zorder=1)
     panel.set_title(f"{setting}, held-out images, equal MACs")
     panel.set_xlabel("distance from uniform width (root mean square of log width)")
     panel.set_ylabel("accuracy, %")
