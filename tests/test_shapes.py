@@ -112,13 +112,17 @@ def test_the_first_shapes_differ_and_cost_the_same_and_come_again(name: str) -> 
     repeats = Counter(t.widths for t in trials)
     assert repeats.pop(uniform_shape(name)) == len(SEEDS) and set(repeats.values()) == {1}
     assert all(space.admits(t.widths) for t in trials)
-    assert max(Counter(t.seed for t in trials).values()) - min(Counter(t.seed for t in trials).values()) <= 1
+    for origin in {t.origin for t in trials}:
+        seeds = [t.seed for t in trials if t.origin == origin]
+        assert seeds == [SEEDS[n % len(SEEDS)] for n in range(len(seeds))], "no origin has a seed of its own"
+    first = {t.origin for t in trials[len(SEEDS) : len(SEEDS) + 4]}
+    assert len(first) >= min(4, len({t.origin for t in trials}) - 1), "what is cut short has seen all origins"
 
 
 def test_what_our_runs_found_comes_first_and_is_scaled_where_it_costs_too_much() -> None:
     trials = first_trials(SMALL, FOUND)
     found = [t for t in trials if t.source == FOUND[0][0]]
-    assert found[0].origin == "found-scaled" and found[0].widths != FOUND[0][1]
+    assert trials[len(SEEDS)] == found[0] and found[0].origin == "found-scaled" and found[0].widths != FOUND[0][1]
     assert any(t.origin == "around-found" for t in trials) and any(t.origin == "between" for t in trials)
     assert not any(t.origin in ("around-found", "between") for t in first_trials(SMALL, FOUND[1:]))
 

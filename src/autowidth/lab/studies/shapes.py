@@ -93,12 +93,14 @@ def first_trials(name: str, found: Sequence[tuple[str, Shape]]) -> list[Trial]:
         *_around(space, [uniform], "around-uniform", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 3),
         *_around(space, ours, "around-found", [0.1, 0.2, 0.3, 0.45], 2),
     ]
-    seen = {uniform}
+    seen, by_origin = {uniform}, dict[str, list[Trial]]()
     for origin, source, shape in made:
         if shape is not None and shape not in seen:
             seen.add(shape)
-            trials.append(Trial(widths=shape, seed=_turn(trials), origin=origin, source=source))
-    return trials
+            same = by_origin.setdefault(origin, [])
+            same.append(Trial(widths=shape, seed=SEEDS[len(same) % len(SEEDS)], origin=origin, source=source))
+    turns = zip_longest(*by_origin.values())  # so that a study that is cut short has seen something of everything
+    return trials + [trial for turn in turns for trial in turn if trial is not None]
 
 
 def _own_name(name: str, seed: int) -> str:
@@ -130,10 +132,6 @@ def _around(
         for radius in radii
         for base in bases
     ]
-
-
-def _turn(trials: Sequence[Trial]) -> int:
-    return SEEDS[len(trials) % len(SEEDS)]
 
 
 def found_shapes(folder: Path, model: str) -> list[tuple[str, Shape]]:
