@@ -221,9 +221,13 @@ def _brief(value: Any, other: Any) -> str:
     return str(value)
 
 
+PLACES = ("data", "weights")
+"""Settings that name a place on this machine, behind a kind and a colon."""
+
+
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are written: the same on every machine, with PATH for what lies elsewhere on each."""
-    return {name: nameless(value) if name == "data" else value for name, value in settings.items()}
+    return {name: nameless(value) if name in PLACES and value else value for name, value in settings.items()}
 
 
 def nameless(data: str) -> str:
