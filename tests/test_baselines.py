@@ -30,8 +30,11 @@ from autowidth.lab.baselines import (
 )
 from autowidth.lab.baselines.calls import watched
 from autowidth.lab.models import DenseNet
+from autowidth.review.batches import of_pairs
 from autowidth.trace import trace
 from nets import Headed, conv, example
+
+CE = of_pairs(F.cross_entropy)
 
 NETS = ("Plain", "Projection", "Dense", "Depthwise", "Flatten", "Transposed", "CalledTwice", "InPlace", "WeightNorm")
 DATA_FREE = ("l1", "l2", "bn-scale", "fpgm", "entropy", "sparse-structure", "random")
@@ -61,7 +64,7 @@ class Case:
 
 def worths(name: str, model: nn.Module, channel_map: ChannelMap, batches: Batches, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return IMPORTANCES[name].importance(model, channel_map, batches, F.cross_entropy, generator=generator)
+    return IMPORTANCES[name].importance(model, channel_map, batches, CE, generator=generator)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
@@ -124,7 +127,11 @@ def test_only_measures_that_predict_a_loss_change_have_a_unit() -> None:
     for name, published in IMPORTANCES.items():
         generator = torch.Generator().manual_seed(0)
         twice = published.importance(
-            case.model, case.channel_map, case.batches, lambda p, t: 2 * F.cross_entropy(p, t), generator=generator
+            case.model,
+            case.channel_map,
+            case.batches,
+            of_pairs(lambda p, t: 2 * F.cross_entropy(p, t)),
+            generator=generator,
         )
         once = worths(name, case.model, case.channel_map, case.batches)
         ratio = torch.cat([twice[n] / once[n] for n in once]).nanmedian().item()
@@ -230,7 +237,7 @@ def test_a_norms_scales_are_taken_without_sign_and_added_along_a_stream() -> Non
 
 def test_without_a_norm_its_scale_says_nothing() -> None:
     case = Case("Flatten")
-    found = bn_scale.importance(case.model, case.channel_map, [], F.cross_entropy, generator=torch.Generator())
+    found = bn_scale.importance(case.model, case.channel_map, [], CE, generator=torch.Generator())
     assert all(torch.isnan(w).all() for w in found.values())
 
 
@@ -328,7 +335,7 @@ def test_taylor_on_gates_is_the_mean_size_of_the_slope_along_the_readers(net: st
 
 def test_a_gate_in_front_of_all_readers_is_minus_the_first_order_of_removal() -> None:
     case = Case("Projection", dtype=torch.float64)
-    signed = taylor_gate.gates(case.model, case.channel_map, case.x, case.y, F.cross_entropy)
+    signed = taylor_gate.gates(case.model, case.channel_map, case.x, case.y, CE)
     for group in case.channel_map.groups:
         slopes = [slope(case, group.with_role("read"), c, case.x, case.y) for c in range(group.width)]
         np.testing.assert_allclose(signed[group.name].mean(0).numpy(), slopes, rtol=1e-4, atol=1e-9)
@@ -391,7 +398,7 @@ def test_ranks_by_hand() -> None:
     x[0, 1, :3, :3] = torch.eye(3)
     x[0, 2] = torch.eye(8)
     x[1, 2] = -torch.eye(8)  # stopped by the activation
-    found = hrank.importance(model, channel_map, [(x, torch.zeros(2))], F.cross_entropy, generator=torch.Generator())
+    found = hrank.importance(model, channel_map, [(x, torch.zeros(2))], CE, generator=torch.Generator())
     assert found["first"].tolist() == [0.5, 2.0, 4.0]
 
 

@@ -29,8 +29,11 @@ from autowidth.lab.baselines import (
 )
 from autowidth.lab.baselines.calls import watched
 from autowidth.lab.models import build
+from autowidth.review.batches import of_pairs
 from autowidth.trace import trace
 from nets import Headed, conv, example, settle
+
+CE = of_pairs(F.cross_entropy)
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Measure = Callable[..., dict[str, Tensor]]
@@ -47,7 +50,7 @@ LABORATORY = ("resnet20", "vgg8", "densenet22", "googlenet")
 def ask(
     measure: Measure, model: nn.Module, channel_map: ChannelMap, batches: Batches, seed: int = 0
 ) -> dict[str, Tensor]:
-    return measure(model, channel_map, batches, F.cross_entropy, generator=torch.Generator().manual_seed(seed))
+    return measure(model, channel_map, batches, CE, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny(name: str, count: int = 6) -> tuple[nn.Module, ChannelMap, Tensor, Tensor]:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from autowidth import Effort
 from autowidth.channels import FRESH, IndexMap
-from autowidth.engine import AutoWidth, Effort, resize_
+from autowidth.engine import AutoWidth, resize_
 from autowidth.policy import Budget
 from autowidth.trace import trace
 from nets import conv, example

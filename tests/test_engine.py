@@ -1,4 +1,4 @@
-"""Laws of the engine: honest books, training that goes on, nothing touched where nothing is decided."""
+"""Laws of the engine: honest report, training that goes on, nothing touched where nothing is decided."""
 
 from __future__ import annotations
 
@@ -19,24 +19,17 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autowidth.audit import mean_loss
+from autowidth.attach import ForeignOptimizerError, NothingToResizeError
 from autowidth.channels import IndexMap
 from autowidth.cost import count_macs
-from autowidth.engine import (
-    AutoWidth,
-    Effort,
-    ForeignOptimizerError,
-    NothingToResizeError,
-    batch_norms,
-    quiet,
-    resize_,
-    settled_norms,
-)
+from autowidth.engine import AutoWidth, resize_
 from autowidth.history import Event
 from autowidth.lab.data import ImageSet, digits
 from autowidth.lab.models import build
-from autowidth.policy import Budget, BudgetError, Costs, Decision, Never, Policy, Situation
-from autowidth.probe import ProbeError
+from autowidth.policy import Budget, BudgetError, Decision, Limits, Never, Policy, Schedule, Situation, Start, Unit
+from autowidth.review.batches import ProbeError, mean_loss, of_pairs
+from autowidth.review.effort import Effort
+from autowidth.review.state import batch_norms, precise_norms, quiet
 from autowidth.trace import TraceError, trace
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -44,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 Batches = list[tuple[Tensor, Tensor]]
 SMALL = Effort(probe_samples=64, audit_samples=64, audit_filters=4)
 IMAGE = torch.zeros(1, 1, 8, 8)
+CE = of_pairs(F.cross_entropy)
 
 
 # ------------------------------------------------------------------------------------------------- data, nets, policies
@@ -96,10 +90,16 @@ class Looks:
 
     plans: Mapping[int, Mapping[str, IndexMap]] = field(default_factory=dict)
     grace: int = 2
-    joint: float = 0.0
+    trial_share: float = 0.0
     seen: list[Situation] = field(default_factory=list)
+    unit: Unit = "macs"
+    aim: str = "as a script says"
 
-    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
+    @property
+    def limits(self) -> Limits:
+        return Limits(grace=self.grace, trial_share=self.trial_share)
+
+    def check(self, start: Start) -> None:
         """Accepts everything."""
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
@@ -120,6 +120,7 @@ def attached(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     followers: Sequence[nn.Module] = (),
     effort: Effort = SMALL,
+    reconstruct: bool = True,
     seed: int = 0,
 ) -> AutoWidth:
     """An engine on digits with little effort."""
@@ -133,6 +134,7 @@ def attached(
         total_steps=total_steps,
         followers=followers,
         effort=effort,
+        reconstruct=reconstruct,
         seed=seed,
     )
 
@@ -181,7 +183,7 @@ def assert_state_fits(optimizer: Optimizer) -> None:
                     assert value.shape == parameter.shape, key
 
 
-# ----------------------------------------------------------------------------------------- the books, and real training
+# ----------------------------------------------------------------------------------------- the event, and real training
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_training_goes_on_and_the_event_tells_the_truth(
     model = make()
     full = count_macs(model, IMAGE)
     optimizer = optimize(model)
-    engine = attached(model, optimizer, Budget(macs=macs, count=5, begin=0.1, end=0.7), 30)
+    engine = attached(model, optimizer, Budget(macs=macs, schedule=Schedule(count=5, begin=0.1, end=0.7)), 30)
     before = (full, engine.params)
 
     def check(event: Event | None) -> None:
@@ -225,7 +227,13 @@ def test_the_run_is_the_same_bit_for_bit_with_the_same_seed(optimize: Callable[[
     def run(seed: int) -> tuple[dict[str, bytes], list[float], list[dict[str, IndexMap]]]:
         torch.manual_seed(0)
         model = Mixed()
-        engine = attached(model, optimize(model), Budget(macs=0.9, count=4, begin=0.1, offer=0.2), 14, seed=seed)
+        engine = attached(
+            model,
+            optimize(model),
+            Budget(macs=0.9, schedule=Schedule(count=4, begin=0.1), limits=Limits(offer=0.2)),
+            14,
+            seed=seed,
+        )
         losses, events = train(engine, 14)
         assert engine.history.inserted_total
         return bits(model), [float(loss.detach()) for loss in losses], [event.maps for event in events]
@@ -240,7 +248,9 @@ def test_replay_and_lineage_lead_from_the_first_network_to_the_last() -> None:
     model = resnet()
     first = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    engine = attached(model, optimizer, Budget(macs=0.8, count=5, begin=0.1, offer=0.2), 12)
+    engine = attached(
+        model, optimizer, Budget(macs=0.8, schedule=Schedule(count=5, begin=0.1), limits=Limits(offer=0.2)), 12
+    )
     start = engine.widths
     _, events = train(engine, 12)
     assert engine.history.widths_start == start
@@ -263,8 +273,11 @@ def test_replay_and_lineage_lead_from_the_first_network_to_the_last() -> None:
 
 def test_reviews_take_place_when_the_policy_says() -> None:
     model = Mixed()
-    engine = attached(model, sgd(model), Budget(macs=0.8, count=3, begin=0.2, end=0.8), 10)
-    events = [engine.step() for _ in range(12)]
+    engine = attached(model, sgd(model), Budget(macs=0.8, schedule=Schedule(count=3, begin=0.2, end=0.8)), 10)
+    events = [engine.step() for _ in range(10)]
+    with pytest.warns(UserWarning, match="step 11 of a run of total_steps=10"):
+        events.append(engine.step())
+    events.append(engine.step())  # said once
     assert [number for number, event in enumerate(events, 1) if event is not None] == [2, 5, 8]
     assert engine.steps == 12
     assert [event for event in events if event is not None] == list(engine.history.events)
@@ -272,7 +285,7 @@ def test_reviews_take_place_when_the_policy_says() -> None:
     assert engine.review_seconds > 0
 
 
-def settled(model: nn.Module, x: Tensor) -> nn.Module:
+def with_norms_of(model: nn.Module, x: Tensor) -> nn.Module:
     """A copy in evaluation mode, its norms with the statistics of these images."""
     twin = copy.deepcopy(model).eval()
     norms = [module for module in twin.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -285,18 +298,18 @@ def settled(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def test_losses_in_the_event_are_those_of_its_data() -> None:
-    """loss: on the scoring part, before; measured: the change on the held-out part. Dropout off, norms settled."""
+    """loss: on the scoring part, before; measured: the change on the held-out part. Dropout off, norms precise."""
     torch.manual_seed(0)
     model = Mixed()
     engine = attached(model, sgd(model), Looks(plans={}), 10)
     train(engine, 1)
     engine.policy.plans[0] = {"join": IndexMap.removing([0, 5], 8)}
     scoring, held_out = looked_at()[:1], looked_at()[1:2]
-    old = settled(model, scoring[0][0])
+    old = with_norms_of(model, scoring[0][0])
     event = engine.review()
-    new = settled(model, scoring[0][0])
-    assert event.loss == pytest.approx(mean_loss(old, scoring, F.cross_entropy), rel=1e-5)
-    change = mean_loss(new, held_out, F.cross_entropy) - mean_loss(old, held_out, F.cross_entropy)
+    new = with_norms_of(model, scoring[0][0])
+    assert event.loss == pytest.approx(mean_loss(old, scoring, CE), rel=1e-5)
+    change = mean_loss(new, held_out, CE) - mean_loss(old, held_out, CE)
     assert event.measured == pytest.approx(change, abs=1e-6)
     assert event.fidelity is not None
     assert event.fidelity.count == SMALL.audit_filters
@@ -320,7 +333,9 @@ def shuffled() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
 
 
-@pytest.mark.parametrize("policy", [Looks(), Budget(macs=1.0, offer=0.0, count=4), Never(), None])
+@pytest.mark.parametrize(
+    "policy", [Looks(), Budget(macs=1.0, schedule=Schedule(count=4), limits=Limits(offer=0.0)), Never(), None]
+)
 def test_without_a_decision_training_is_what_it_would_have_been(policy: Policy | None) -> None:
     """Bit for bit: weights, buffers, optimizer state, losses, random states. None stands for plain training, twice."""
 
@@ -355,7 +370,7 @@ def test_a_review_that_fails_leaves_everything_as_it_was() -> None:
     def loss_fn(prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction, target) * (math.nan if ruined else 1.0)
 
-    engine = attached(model, sgd(model), Budget(macs=0.5, count=2), 10, loss_fn=loss_fn)
+    engine = attached(model, sgd(model), Budget(macs=0.5, schedule=Schedule(count=2)), 10, loss_fn=loss_fn)
     train(engine, 4)
     before, state = bits(model), torch.get_rng_state()
     ruined = True
@@ -414,7 +429,13 @@ def test_an_average_of_the_weights_stays_in_step() -> None:
     model = Mixed()
     optimizer = sgd(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
-    engine = attached(model, optimizer, Budget(macs=0.7, count=3, begin=0.2, offer=0.15), 12, followers=[average])
+    engine = attached(
+        model,
+        optimizer,
+        Budget(macs=0.7, schedule=Schedule(count=3, begin=0.2), limits=Limits(offer=0.15)),
+        12,
+        followers=[average],
+    )
     model.train()
     for batch in list(images().training_batches(32, seed=1))[:12]:
         step(model, [optimizer], batch)
@@ -449,7 +470,7 @@ def test_several_optimizers_and_a_plan_that_touches_only_one_of_them() -> None:
     model = Mixed()
     rest = [p for p in model.parameters() if p is not model.head.bias]
     optimizers = [torch.optim.SGD(rest, lr=0.05, momentum=0.9), torch.optim.AdamW([model.head.bias], lr=1e-3)]
-    engine = attached(model, optimizers, Budget(macs=0.5, count=2, begin=0.2), 8)
+    engine = attached(model, optimizers, Budget(macs=0.5, schedule=Schedule(count=2, begin=0.2)), 8)
     losses, events = train(engine, 8)
     assert any(event.maps for event in events)
     assert all(torch.isfinite(loss) for loss in losses)
@@ -471,9 +492,9 @@ def test_newborns_have_grace_until_their_reviews_are_over_wherever_they_move() -
     engine = attached(model, sgd(model), policy, 20)
     for _ in range(6):
         engine.review()
-    seen = [next(books for books in situation.books if books.name == "join") for situation in policy.seen]
-    assert [books.width_start for books in seen] == [8] * 6
-    assert [len(books.worth) for books in seen] == [8, 10, 7, 8, 8, 8]
+    seen = [next(report for report in situation.groups if report.name == "join") for situation in policy.seen]
+    assert [report.width_start for report in seen] == [8] * 6
+    assert [len(report.worth) for report in seen] == [8, 10, 7, 8, 8, 8]
     old, born = (False,), (True,)
     assert seen[0].grace == old * 8
     assert seen[1].grace == old * 8 + born * 2
@@ -495,10 +516,10 @@ def test_fresh_channels_do_not_change_the_function() -> None:
     assert event.measured == pytest.approx(0, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ settled norms
+# ------------------------------------------------------------------------------------------------------ precise norms
 
 
-def test_settled_norms_hold_plain_averages_and_go_back_afterwards() -> None:
+def test_precise_norms_hold_plain_averages_and_go_back_afterwards() -> None:
     """Mean of the batches' means and unbiased variances, as of a norm that has seen these batches alone."""
     torch.manual_seed(0)
     model = Mixed()
@@ -507,7 +528,7 @@ def test_settled_norms_hold_plain_averages_and_go_back_afterwards() -> None:
     before, modes = bits(model), [module.training for module in model.modules()]
     batches = looked_at()[:3]
     read = [model.left(x).detach().movedim(1, 0).flatten(1) for x, _ in batches]
-    with settled_norms(model, batches, among=set(model.modules())):
+    with precise_norms(model, batches, CE, among=set(model.modules())):
         torch.testing.assert_close(model.norm.running_mean, torch.stack([r.mean(1) for r in read]).mean(0))
         torch.testing.assert_close(model.norm.running_var, torch.stack([r.var(1) for r in read]).mean(0))
         assert not model.norm.training
@@ -519,17 +540,19 @@ def test_settled_norms_hold_plain_averages_and_go_back_afterwards() -> None:
 def test_a_norm_that_the_user_keeps_in_evaluation_mode_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
     kept = model[1].running_mean.clone()
-    with settled_norms(model, [(torch.randn(8, 1, 8, 8) + 3, torch.zeros(8))], among={model[3]}):
+    with precise_norms(
+        model, [(torch.randn(8, 1, 8, 8) + 3, torch.zeros(8))], lambda net, batch: net(batch[0]).sum(), among={model[3]}
+    ):
         assert torch.equal(model[1].running_mean, kept)
         assert not torch.equal(model[3].running_mean, kept)
 
 
-def test_settled_norms_go_back_after_an_error() -> None:
+def test_precise_norms_go_back_after_an_error() -> None:
     model = Mixed().eval()
     before = bits(model)
     with (
         pytest.raises(RuntimeError),
-        settled_norms(model, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], among=set(model.modules())),
+        precise_norms(model, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))], CE, among=set(model.modules())),
     ):
         pass
     assert bits(model) == before
@@ -545,7 +568,7 @@ def test_a_norm_over_the_batch_survives_a_batch_of_one(lengths: list[int]) -> No
     x, y = looked_at()[0]
     count = sum(lengths)
     probe = list(zip(x[:count].split(lengths), y[:count].split(lengths), strict=True))
-    engine = attached(model, sgd(model), Budget(macs=0.5, count=1), 4, probe=probe)
+    engine = attached(model, sgd(model), Budget(macs=0.5, schedule=Schedule(count=1)), 4, probe=probe)
     event = engine.step()
     assert event is not None
     assert event.loss is not None
@@ -567,7 +590,7 @@ def test_without_an_audit_the_criterion_stays_as_it_is() -> None:
 
 def test_a_probe_too_short_for_an_audit_is_used_for_scoring() -> None:
     model = Mixed()
-    event = attached(model, sgd(model), Budget(macs=0.5, count=1), 4, probe=looked_at()[:1]).step()
+    event = attached(model, sgd(model), Budget(macs=0.5, schedule=Schedule(count=1)), 4, probe=looked_at()[:1]).step()
     assert event is not None
     assert event.loss is not None
     assert event.fidelity is None
@@ -578,7 +601,7 @@ def test_a_probe_too_short_for_an_audit_is_used_for_scoring() -> None:
 def test_a_review_looks_at_as_many_samples_as_its_effort_says(probed: int, audited: int) -> None:
     model = Mixed()
     engine = attached(model, sgd(model), Looks(), 4, effort=Effort(probe_samples=probed, audit_samples=audited))
-    scoring, held_out = engine._batches()
+    scoring, held_out = engine._reviewer.look()
     assert [sum(len(x) for x, _ in part) for part in (scoring, held_out)] == [probed, audited]
     assert all(len(x) == len(y) for x, y in scoring + held_out)
     scored, audited_on = ({bytes(x.numpy()) for batch, _ in part for x in batch} for part in (scoring, held_out))
@@ -593,7 +616,7 @@ def test_batches_that_cannot_be_cut_are_taken_whole() -> None:
         model, sgd(model), Looks(), 4, probe=whole, loss_fn=lambda out, y: F.cross_entropy(out, y["label"]),
         effort=Effort(probe_samples=70, audit_samples=10, audit_filters=2),
     )  # fmt: skip
-    assert [len(part) for part in engine._batches()] == [2, 1]
+    assert [len(part) for part in engine._reviewer.look()] == [2, 1]
     assert engine.review().fidelity is not None
 
 
@@ -605,16 +628,16 @@ def test_the_policy_is_told_how_well_the_last_three_audits_were_foretold() -> No
     found = [event.fidelity.spearman for event in events if event.fidelity]
     assert len(found) == len(policy.seen) == 5 and None not in found
     for number, situation in enumerate(policy.seen):
-        assert situation.fidelity == pytest.approx(np.mean(found[max(number - 2, 0) : number + 1]))
+        assert situation.agreement == pytest.approx(np.mean(found[max(number - 2, 0) : number + 1]))
 
 
 def test_the_policy_is_told_the_loss_on_all_samples_of_the_review() -> None:
     torch.manual_seed(0)
     model, policy = Mixed(), Looks()
     engine = attached(model, sgd(model), policy, 10, effort=Effort(probe_samples=96, audit_samples=40, audit_filters=2))
-    scoring, held_out = engine._batches()
-    with quiet(model) as trained, settled_norms(model, scoring, among=trained):
-        expected = mean_loss(model, [*scoring, *held_out], F.cross_entropy)
+    scoring, held_out = engine._reviewer.look()
+    with quiet(model) as trained, precise_norms(model, scoring, CE, among=trained):
+        expected = mean_loss(model, [*scoring, *held_out], CE)
     engine.review()
     assert policy.seen[0].loss == pytest.approx(expected, rel=1e-5)
 
@@ -740,7 +763,7 @@ class Timid(Looks):
     """Bears nothing: every plan that raises the loss at all is carried out by half."""
 
     def decide(self, situation: Situation) -> Decision:
-        return replace(Looks.decide(self, situation), bearable=-math.inf)
+        return replace(Looks.decide(self, situation), max_rise=-math.inf)
 
 
 def test_a_plan_that_costs_too_much_is_carried_out_by_half_and_the_event_says_so() -> None:
@@ -761,18 +784,18 @@ def test_what_is_measured_before_surgery_is_what_surgery_does() -> None:
     model = Mixed().train()
     width = attached(model, sgd(model), Never(), 8).widths["left"]
     engine = attached(model, sgd(model), Looks(plans={0: {"left": IndexMap.removing([1, 3], width)}}), 8)
-    scoring, held_out = engine._batches()
+    scoring, held_out = engine._reviewer.look()
     old = copy.deepcopy(model)
     event = engine.review()
 
     def settled_loss(network: nn.Module) -> float:
-        with quiet(network) as trained, settled_norms(network, scoring, among=trained):
-            return mean_loss(network, held_out, F.cross_entropy)
+        with quiet(network) as trained, precise_norms(network, scoring, CE, among=trained):
+            return mean_loss(network, held_out, CE)
 
     assert event.measured == pytest.approx(settled_loss(model) - settled_loss(old), abs=1e-6)
     assert abs(event.measured) > 1e-4
     with quiet(model):  # after surgery the settled statistics stay
-        assert mean_loss(model, held_out, F.cross_entropy) == pytest.approx(settled_loss(model), rel=1e-6)
+        assert mean_loss(model, held_out, CE) == pytest.approx(settled_loss(model), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- leaving together
@@ -782,8 +805,7 @@ def test_the_policy_is_told_what_the_weakest_filters_of_each_group_cost_together
     """Against removal by hand on a copy in training mode, whose norms take the statistics of the batch."""
     torch.manual_seed(0)
     model = Mixed()
-    engine = attached(model, sgd(model), Looks(joint=0.5), 10)
-    engine.compensate = False
+    engine = attached(model, sgd(model), Looks(trial_share=0.5), 10, reconstruct=False)
     train(engine, 1)
     before = copy.deepcopy(model.state_dict())
     engine.review()
@@ -792,18 +814,18 @@ def test_the_policy_is_told_what_the_weakest_filters_of_each_group_cost_together
     )
     (inputs, target) = looked_at()[1]
     (situation,) = engine.policy.seen  # type: ignore[attr-defined]
-    for books in situation.books:
-        count, rise = books.together
-        assert count == round(0.5 * len(books.worth))
-        assert books.judged[:count] == tuple(int(c) for c in np.argsort(books.worth, kind="stable")[:count])
+    for report in situation.groups:
+        count, rise = report.together
+        assert count == round(0.5 * len(report.worth))
+        assert report.judged[:count] == tuple(int(c) for c in np.argsort(report.worth, kind="stable")[:count])
         cut = copy.deepcopy(model)
         for module in cut.modules():
             module.training = isinstance(module, nn.BatchNorm2d)
         with torch.no_grad():
             whole = F.cross_entropy(cut(inputs), target)
             weights = {**dict(cut.named_parameters()), **dict(cut.named_buffers())}
-            for place in engine.channel_map.group(books.name).with_role("read"):
-                for channel in books.judged[:count]:
+            for place in engine.channel_map.group(report.name).with_role("read"):
+                for channel in report.judged[:count]:
                     for position in place.index[channel]:
                         weights[place.axis.name].select(place.axis.dim, position).zero_()
             assert rise == pytest.approx(float(F.cross_entropy(cut(inputs), target) - whole), abs=1e-5)

@@ -21,9 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from autowidth.audit import Calibration, mean_loss, standing_in
 from autowidth.channels import IndexMap
-from autowidth.engine import AutoWidth, quiet, settled_norms
+from autowidth.engine import AutoWidth
 from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import BenchError, Standing, Suite, bench
 from autowidth.lab.data import ImageSet
@@ -49,9 +48,15 @@ from autowidth.lab.suites.fidelity import (
     watched_run,
     within,
 )
-from autowidth.policy import Budget
+from autowidth.policy import Budget, Never
+from autowidth.review.batches import mean_loss, of_pairs
+from autowidth.review.calibrate import Calibration
+from autowidth.review.reconstruct import readers_without
+from autowidth.review.state import named_tensors, precise_norms, quiet
 from autowidth.surgery import apply_
 from autowidth.trace import trace
+
+CE = of_pairs(F.cross_entropy)
 
 fidelity_suite = sys.modules[fidelity.__module__]
 
@@ -254,7 +259,7 @@ def test_the_run_is_that_of_the_training_file_by_all_settings_and_looking_does_n
     images = load_images(settings)
     followed: list[torch.nn.Module] = []  # with an average the result is that, and not what the engine is attached to
     plain = train(
-        settings.model_copy(update={"edit": False}), watch=lambda engine: followed.append(engine.model)
+        settings.model_copy(update={"policy": Never()}), watch=lambda engine: followed.append(engine.model)
     )  # fmt: skip
     looks, engine = looked_at(images, settings)
     assert bits(engine.model) == bits(followed[-1])
@@ -304,7 +309,7 @@ def test_images_of_the_truth_were_seen_by_nobody_else(trained: tuple[ImageSet, A
     assert sum(map(len, scored)) == 96
     assert len(images.train) == 800
     reviewed = next(iter(probe_batches(images, 0).at(0)))[0][:96]
-    assert not torch.equal(torch.cat(scored), reviewed)  # the first review's: criteria should not know them better
+    assert not torch.equal(torch.cat(scored), reviewed)  # the first review's: measures should not know them better
 
 
 def test_the_truth_is_what_the_loss_does_without_the_filter(trained: tuple[ImageSet, AutoWidth]) -> None:
@@ -316,7 +321,7 @@ def test_the_truth_is_what_the_loss_does_without_the_filter(trained: tuple[Image
     assert engine.model.training
     x, y = (torch.cat(parts) for parts in zip(*(batch for block in blocks for batch in block), strict=True))
     network = engine.model
-    with quiet(network) as among, settled_norms(network, scoring, among=among), torch.no_grad():
+    with quiet(network) as among, precise_norms(network, scoring, CE, among=among), torch.no_grad():
         whole = F.cross_entropy(network(x), y).item()
         for number in (0, 9, 23):
             group = engine.channel_map.group(look.group[number])
@@ -342,18 +347,18 @@ def test_the_compensated_truth_is_what_the_engine_would_find_after_surgery(
     assert not np.allclose(look.blocks["removed"], look.blocks["compensated"])
     for number in (3, 20):
         name, channel = look.group[number], look.channel[number]
-        with quiet(engine.model) as among, settled_norms(engine.model, scoring, among=among):
-            _, fold = fidelity_suite._ours(engine.model, engine.channel_map, scoring, (1.0, 0.0))
-            tensors, network = fold({name: [channel]}), copy.deepcopy(engine.model)
-        before = mean_loss(network, [batch], F.cross_entropy)
-        with standing_in(network, tensors, stay=True):
-            plan = {name: IndexMap.removing([channel], engine.widths[name])}
-            apply_(network, engine.channel_map, plan)
-        after = mean_loss(network, [batch], F.cross_entropy)
+        with quiet(engine.model) as among, precise_norms(engine.model, scoring, CE, among=among):
+            _, known = fidelity_suite._ours(engine.model, engine.channel_map, scoring, (1.0, 0.0))
+            network = copy.deepcopy(engine.model)
+        before, live = mean_loss(network, [batch], CE), named_tensors(network)
+        for key, content in readers_without({name: [channel]}, engine.channel_map, known, live).items():
+            live[key].data.copy_(content)
+        apply_(network, engine.channel_map, {name: IndexMap.removing([channel], engine.widths[name])})
+        after = mean_loss(network, [batch], CE)
         assert look.blocks["compensated"][:, number].mean() == pytest.approx(after - before, rel=1e-2, abs=1e-5)
 
 
-def test_predictions_are_those_of_each_criterion_for_the_sampled_filters(trained: tuple[ImageSet, AutoWidth]) -> None:
+def test_predictions_are_those_of_each_measure_for_the_sampled_filters(trained: tuple[ImageSet, AutoWidth]) -> None:
     images, engine = trained
     scoring = fidelity_suite._scoring(images, 0, 96)
     look = look_at(engine, scoring, [[scoring[0]]], filters=24, rng=np.random.default_rng(0))
@@ -362,26 +367,25 @@ def test_predictions_are_those_of_each_criterion_for_the_sampled_filters(trained
     assert c == engine.calibration.coefficients
     both = c[0] * look.predictions["autowidth-next"] + c[1] * look.predictions["autowidth-own"]
     np.testing.assert_allclose(look.predictions["autowidth"], both, rtol=1e-5)
-    with quiet(network) as among, settled_norms(network, scoring, among=among):
+    with quiet(network) as among, precise_norms(network, scoring, CE, among=among):
         for name in ("l1", "taylor-gate", "hrank"):
-            found = IMPORTANCES[name].importance(
-                network, engine.channel_map, scoring, F.cross_entropy, generator=torch.Generator()
-            )
+            found = IMPORTANCES[name].importance(network, engine.channel_map, scoring, CE, generator=torch.Generator())
             expected = [found[g][n].item() for g, n in zip(look.group, look.channel, strict=True)]
             np.testing.assert_allclose(look.predictions[name], expected, rtol=1e-5)
 
 
-def test_the_criterion_is_the_one_of_the_engine(trained: tuple[ImageSet, AutoWidth]) -> None:
+def test_the_worths_are_those_of_the_engine(trained: tuple[ImageSet, AutoWidth]) -> None:
     """Looked at with the data of a review, it gives the worths that the review would decide on."""
     _, engine = trained
     with quiet(engine.model) as among:
-        scoring, _ = engine._batches()
-        with settled_norms(engine.model, scoring, among=among):
+        scoring, _ = engine._reviewer.look()
+        with precise_norms(engine.model, scoring, CE, among=among):
             found, _ = fidelity_suite._ours(engine.model, engine.channel_map, scoring, engine.calibration.coefficients)
     decided: dict[str, np.ndarray] = {}
-    original = engine._situation
-    engine._situation = lambda found, view: (decided.update(found.worths), original(found, view))[1]  # type: ignore[method-assign]
-    engine._batches = lambda: (scoring, [])  # type: ignore[method-assign]
+    reviewer = engine._reviewer
+    original = reviewer._judge
+    reviewer._judge = lambda *seen: (found := original(*seen), decided.update(found.worths))[0]  # type: ignore[method-assign]
+    reviewer.look = lambda: (scoring, [])  # type: ignore[method-assign]
     engine.review()
     assert decided
     for name, worths in decided.items():

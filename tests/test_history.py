@@ -50,10 +50,10 @@ events = st.builds(
     step=counts,
     total_steps=counts,
     loss=anything,
-    announced=anything,
+    predicted=anything,
     measured=anything,
     price=anything,
-    target_macs=st.none() | counts,
+    target=st.none() | counts,
     macs_before=counts,
     macs=counts,
     params_before=counts,
@@ -92,7 +92,7 @@ def slow_channels(history: History) -> dict[str, list[int]]:
 
 def test_an_event_has_exactly_the_agreed_fields() -> None:
     agreed = (
-        "step total_steps loss announced measured price target_macs macs_before macs params_before params widths maps "
+        "step total_steps loss predicted measured price target unit macs_before macs params_before params widths maps "
         "worths fidelity coefficients seconds notes"
     )
     assert [f.name for f in dataclasses.fields(Event)] == agreed.split()
@@ -281,12 +281,12 @@ def test_lineage_follows_every_channel(history: History) -> None:
 def test_the_digest_says_of_every_review_who_left_who_came_and_who_stayed() -> None:
     history = History({"a": 4, "b": 2})
     first = {"a": IndexMap.removing([0], 4).inserting(2), "b": IndexMap.removing([1], 2)}
-    history.append(event(10, maps=first, widths={"a": 5, "b": 1}, price=2e-9, announced=0.25, measured=0.5))
+    history.append(event(10, maps=first, widths={"a": 5, "b": 1}, price=2e-9, predicted=0.25, measured=0.5))
     history.append(event(20, maps={"a": IndexMap.removing([3], 5).inserting(1)}, widths={"a": 5, "b": 1}))
     early, late = history.digest()
     assert (early["removed"], early["inserted"], early["alive"]) == ({"a": 1, "b": 1}, {"a": 2}, {"a": 1})
     assert (late["removed"], late["inserted"], late["alive"]) == ({"a": 1}, {"a": 1}, {"a": 1})
-    assert (early["step"], early["price"], early["announced"], early["measured"]) == (10, 2e-9, 0.25, 0.5)
+    assert (early["step"], early["price"], early["predicted"], early["measured"]) == (10, 2e-9, 0.25, 0.5)
     assert json.loads(json.dumps(history.digest(), allow_nan=False)) == [early, late]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -38,12 +37,13 @@ from autowidth.lab.other_tools import (
 )
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings
-from autowidth.policy import Books, Budget, BudgetError, Costs, Never, Situation
+from autowidth.policy import Budget, BudgetError, Costs, GroupReport, Never, Situation, Start
 from autowidth.trace import trace
+from composed import composed
 
 QUICK = Settings(
     model="resnet8", data="digits", epochs=2, batch_size=50, limit=150, threads=1, looks=1,
-    budget=Budget(count=2, begin=0.2, end=0.8, grace=0),
+    policy=composed(Budget(), count=2, begin=0.2, end=0.8, grace=0),
 )  # fmt: skip
 DIGIT = torch.zeros(2, 1, 8, 8)
 ANSWERS = {"autowidth": 2}
@@ -115,11 +115,11 @@ def test_a_fresh_network_is_one_that_was_built_with_these_widths(factor: float) 
 def situation(worths: Mapping[str, list[float]], width: float = 1.0) -> Situation:
     channel_map = trace(build("resnet8", in_channels=1, width=width), DIGIT, rehearse=False)
     cost = macs_cost(channel_map)
-    books = tuple(
-        Books(name=g.name, width_start=g.width, worth=tuple(worths[g.name]), grace=(False,) * g.width)
+    reports = tuple(
+        GroupReport(name=g.name, width_start=g.width, worth=tuple(worths[g.name]), grace=(False,) * g.width)
         for g in channel_map.groups
     )
-    return Situation(step=1, total_steps=2, books=books, costs=Costs(macs=cost))
+    return Situation(step=1, total_steps=2, groups=reports, costs=Costs(macs=cost))
 
 
 def drawn(seed: int) -> dict[str, list[float]]:
@@ -161,7 +161,7 @@ def test_filters_about_which_a_criterion_says_nothing_stay() -> None:
 def test_one_shot_refuses_what_it_cannot_meet(macs: float) -> None:
     seen = situation(drawn(0))
     with pytest.raises(BudgetError, match="impossible"):
-        OneShot(macs=macs).check(seen.costs, {books.name: len(books.worth) for books in seen.books})
+        OneShot(macs=macs).check(Start(costs=seen.costs, widths=seen.widths))
 
 
 @given(share=st.floats(0.05, 4.0))
@@ -305,7 +305,7 @@ def test_one_epoch_is_too_short_to_grow_in() -> None:
 
 
 def test_ablations_differ_from_the_run_that_they_ablate() -> None:
-    longer = QUICK.model_copy(update={"budget": replace(QUICK.budget, offer=0.2, grace=1, count=3), "epochs": 3})  # type: ignore[type-var]
+    longer = QUICK.model_copy(update={"policy": composed(QUICK.policy, offer=0.2, grace=1, count=3), "epochs": 3})
     whole = METHODS["autowidth"](task(longer))[0].result
     assert whole.inserted > 0
     assert METHODS["autowidth-no-insertion"](task(longer))[0].result.inserted == 0

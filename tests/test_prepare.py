@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from autowidth.engine import NothingToResizeError
+from autowidth.attach import NothingToResizeError
 from autowidth.lab.loop import DivergedError, train
 from autowidth.lab.models import UnknownModelError
 from autowidth.lab.prepare import DeviceError, FolderError, ModelError, check_folder
-from autowidth.policy import Budget, BudgetError
+from autowidth.policy import Budget, BudgetError, Never
+from composed import composed
 from test_train import short
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -25,9 +26,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": "torch.nn:LazyBatchNorm1d", "width": 1.0}, ModelError, "does not run on images"),
     ({"device": "cuda:99"}, DeviceError, "cuda:99"),
     ({"device": "abacus"}, DeviceError, "allowed are auto, cpu"),
-    ({"budget": Budget(macs=0.001)}, BudgetError, "minimum widths"),
-    ({"budget": Budget(macs=1.5, offer=0.0)}, BudgetError, "offer"),
-    ({"edit": False, "lr": 1e30}, DivergedError, "lower lr, which is 1e"),
+    ({"policy": Budget(macs=0.001)}, BudgetError, "least that widths allow"),
+    ({"policy": composed(Budget(macs=1.5), offer=0.0)}, BudgetError, "offer"),
+    ({"policy": Never(), "lr": 1e30}, DivergedError, "lower lr, which is 1e"),
     ({"lr": 1e30}, FloatingPointError, "diverged"),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,24 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autowidth.audit import ablate, standing_in
 from autowidth.channels import ChannelGroup, ChannelMap, ParamAxis, Place
-from autowidth.probe import probe
-from autowidth.profit import (
+from autowidth.review.batches import Batches, Loss, of_pairs
+from autowidth.review.profit import Sums, combined, loss_change, profits, trust
+from autowidth.review.reconstruct import (
     RIDGE,
-    Sums,
-    combined,
+    Reconstruction,
+    co_channel_positions,
     covariance,
-    fold,
-    folded,
     leftover,
-    loss_change,
-    parts,
-    peers,
     precision,
+    readers_without,
     substitutes,
-    trust,
 )
+from autowidth.review.state import swapped
+from autowidth.review.statistics import Statistics, probe
+from autowidth.review.trial import Subject
 from autowidth.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -55,8 +52,25 @@ def cov_of(x: Tensor) -> Tensor:
     return centred.T @ centred / len(x)
 
 
-def parts_of(sums: Sums, channel_map: ChannelMap, model: nn.Module) -> dict[str, Tensor]:
-    return parts(sums, channel_map)
+CE = of_pairs(F.cross_entropy)
+
+
+def summed(model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss = CE) -> Sums:
+    """The sums of one probe."""
+    return probe(model, channel_map, batches, loss).sums
+
+
+def ablated(
+    model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss = CE, known: Reconstruction | None = None
+) -> dict[tuple[str, int], float]:
+    """The true loss change, nats per sample, by group and channel, of taking each filter away by itself."""
+    subject = Subject(
+        model=model, channel_map=channel_map, loss=loss, scoring=batches, held_out=batches, trained=frozenset(),
+        known=known or {},
+    )  # fmt: skip
+    whole = subject.loss_without({})
+    picks = [(group.name, channel) for group in channel_map.groups for channel in range(group.width)]
+    return {(name, channel): subject.loss_without({name: [channel]}) - whole for name, channel in picks}
 
 
 # --------------------------------------------------------------------------------------------------- next-layer profit
@@ -89,9 +103,8 @@ def test_next_layer_is_exact_where_the_fisher_information_is_the_curvature() -> 
     error = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(20)
     batches = [(x, (model(x) - error).detach())]
     channel_map = trace(model, x)
-    sums = probe(model, channel_map, batches, half_square)
-    picks = [(group.name, channel) for group in channel_map.groups for channel in range(group.width)]
-    true = {(a.group, a.channel): a.change for a in ablate(model, channel_map, picks, batches, half_square)}
+    sums = summed(model, channel_map, batches, of_pairs(half_square))
+    true = ablated(model, channel_map, batches, of_pairs(half_square))
     assert {group for group, _ in true} == {"first", "second"}
     for name, first in sums.first.items():
         predicted = loss_change(first, sums.second[name], sums.samples)
@@ -110,9 +123,9 @@ def test_next_layer_is_the_loss_change_to_first_order_for_a_faint_channel() -> N
         faint = copy.deepcopy(model)
         with torch.no_grad():
             faint[2].weight[:, 0] *= strength
-        sums = probe(faint, channel_map, [(x, y)], F.cross_entropy)
+        sums = summed(faint, channel_map, [(x, y)])
         predicted = float(loss_change(sums.first["0"], sums.second["0"], sums.samples)[0])
-        true = ablate(faint, channel_map, [("0", 0)], [(x, y)], F.cross_entropy)[0].change
+        true = ablated(faint, channel_map, [(x, y)])["0", 0]
         gaps.append(abs(predicted - true) / abs(true))
     assert gaps[1] < gaps[0] / 5
     assert gaps[1] < 0.02
@@ -125,7 +138,7 @@ def test_a_dead_channel_is_worth_nothing_to_the_next_layer() -> None:
         model[0].bias[2] = -1e3
     x, y = torch.randn(8, 1, 7, 7), torch.arange(8) % 3
     channel_map = trace(model, x)
-    worth = parts_of(probe(model, channel_map, [(x, y)], F.cross_entropy), channel_map, model)["0"]
+    worth = profits(summed(model, channel_map, [(x, y)]), channel_map)["0"]
     assert (worth[2] == 0).all()
     assert (worth[[0, 1, 3], 0] != 0).all()
     assert torch.isfinite(worth).all()
@@ -146,26 +159,26 @@ def test_covariance_is_numpys_with_a_ridge() -> None:
 
 
 def left_of(x: Tensor, cov: Tensor) -> Tensor:
-    """What peers leave of every channel, (n, c)."""
+    """What co-channels leave of every channel, (n, c)."""
     return (x - x.mean(0)).double() @ leftover(precision(cov)).T
 
 
 def unexplained(x: np.ndarray, channel: int) -> np.ndarray:
     """The residual of one channel after least squares, with intercept, on all others."""
-    peers = np.column_stack([np.delete(x, channel, axis=1), np.ones(len(x))])
-    solution, *_ = np.linalg.lstsq(peers, x[:, channel], rcond=None)
-    return np.asarray(x[:, channel] - peers @ solution)
+    others = np.column_stack([np.delete(x, channel, axis=1), np.ones(len(x))])
+    solution, *_ = np.linalg.lstsq(others, x[:, channel], rcond=None)
+    return np.asarray(x[:, channel] - others @ solution)
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), channels=st.integers(2, 8))
-def test_leftover_is_what_least_squares_on_the_peers_leaves(seed: int, channels: int) -> None:
+def test_leftover_is_what_least_squares_on_the_co_channels_leaves(seed: int, channels: int) -> None:
     x = mixed(40, channels, seed)
     expected = np.column_stack([unexplained(x.numpy(), c) for c in range(channels)])
     np.testing.assert_allclose(left_of(x, cov_of(x)).numpy(), expected, atol=1e-7)
 
 
-def test_channels_without_peers_or_correlation_are_left_whole() -> None:
+def test_channels_without_co_channels_or_correlation_are_left_whole() -> None:
     variances = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
     torch.testing.assert_close(leftover(precision(torch.diag(variances))), torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(leftover(torch.tensor([[3.0]])), torch.ones(1, 1))
@@ -206,7 +219,7 @@ def test_singular_covariances_leave_finite_weights(x: Tensor) -> None:
     assert ((spread @ mix.T).square().mean(0) <= 1.1 * spread.square().mean(0).max()).all()
 
 
-def test_a_channel_that_is_there_twice_can_be_replaced_and_its_peers_cannot() -> None:
+def test_a_channel_that_is_there_twice_can_be_replaced_and_its_co_channels_cannot() -> None:
     x = duplicated(mixed(200, 4))
     share = left_of(x, covariance(*sums_of(x))).var(0) / x.var(0)
     alone = left_of(x[:, :4], covariance(*sums_of(x[:, :4]))).var(0) / x[:, :4].var(0)
@@ -255,21 +268,19 @@ def test_trusted_means_are_nearer_to_the_truth_than_plain_ones() -> None:
 
 
 def test_own_layer_is_exact_where_the_fisher_information_is_the_curvature() -> None:
-    """Squared loss, one linear output, every error +1 or -1: as above, with peers that stand in for the channel."""
+    """Squared loss, one linear output, every error +1 or -1: as above, with co-channels that stand in."""
     torch.manual_seed(0)
     model = Line().double()
     x = torch.randn(40, 3, dtype=torch.float64) + 1
     error = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(20)
     batches = [(x, (model(x) - error).detach())]
-    channel_map, weights = trace(model, x), dict(model.named_parameters())
-    sums = probe(model, channel_map, batches, half_square)
-    fold_ = functools.partial(folded, channel_map=channel_map, known=peers(sums, channel_map, weights), weights=weights)
-    picks = [(group.name, channel) for group in channel_map.groups for channel in range(group.width)]
-    plain = {(a.group, a.channel): a.change for a in ablate(model, channel_map, picks, batches, half_square)}
-    mended = ablate(model, channel_map, picks, batches, half_square, folded=fold_)
-    for a in mended:
-        predicted = loss_change(sums.rest_first[a.group], sums.rest_second[a.group], sums.samples)[a.channel]
-        assert float(predicted) == pytest.approx(a.change, rel=1e-3, abs=1e-5 * abs(plain[a.group, a.channel]))
+    channel_map, loss = trace(model, x), of_pairs(half_square)
+    found = probe(model, channel_map, batches, loss)
+    sums = found.sums
+    plain = ablated(model, channel_map, batches, loss)
+    for (group, channel), change in ablated(model, channel_map, batches, loss, found.known).items():
+        predicted = loss_change(sums.rest_first[group], sums.rest_second[group], sums.samples)[channel]
+        assert float(predicted) == pytest.approx(change, rel=1e-3, abs=1e-5 * abs(plain[group, channel]))
 
 
 def test_a_channel_that_is_there_twice_is_worth_nothing_to_its_own_layer() -> None:
@@ -305,7 +316,7 @@ def forked() -> tuple[nn.Module, ChannelMap, Tensor, Tensor]:
 
 
 def worths(model: nn.Module, channel_map: ChannelMap, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return parts_of(probe(model, channel_map, batches, F.cross_entropy), channel_map, model)
+    return profits(summed(model, channel_map, batches), channel_map)
 
 
 def test_worth_does_not_depend_on_the_batch_size() -> None:
@@ -332,8 +343,8 @@ def test_parts_have_one_row_per_filter_and_are_finite() -> None:
 
 def test_where_nobody_can_stand_in_both_profits_are_the_same() -> None:
     model, channel_map, x, y = forked()
-    sums = probe(model, channel_map, [(x, y)], F.cross_entropy, known={})
-    for part in parts(sums, channel_map).values():
+    sums = probe(model, channel_map, [(x, y)], CE, reconstruct=False).sums
+    for part in profits(sums, channel_map).values():
         torch.testing.assert_close(part[:, 1], part[:, 0])
 
 
@@ -435,15 +446,15 @@ def test_no_worth_is_nan_and_nothing_written_is(name: str) -> None:
     model, x, y, loss = case.model, case.x, case.y, case.loss
     channel_map = trace(Small(dense=model.dense), x)
     weights = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    sums = probe(model, channel_map, [(x[:2], y[:2]), (x[2:], y[2:])] if len(x) > 2 else [(x, y)], loss)
-    known = peers(sums, channel_map, weights)
-    found = parts(sums, channel_map)
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])] if len(x) > 2 else [(x, y)]
+    statistics = probe(model, channel_map, batches, of_pairs(loss))
+    found = profits(statistics.sums, channel_map)
     assert {key: tuple(part.shape) for key, part in found.items()} == {"one": (5, 2), "two": (4, 2)}
     for part in found.values():
         assert torch.isfinite(part).all()
     if name not in ("all channels dead", "huge activations", "activations that are not finite"):
         assert any(part.any() for part in found.values())
-    for key, tensor in folded({"one": [0, 3], "two": [1]}, channel_map, known, weights).items():
+    for key, tensor in readers_without({"one": [0, 3], "two": [1]}, channel_map, statistics.known, weights).items():
         assert torch.isfinite(tensor).all() or not torch.isfinite(weights[key]).all(), key
 
 
@@ -456,7 +467,7 @@ def test_worth_is_in_the_unit_of_the_loss(name: str) -> None:
     def tenfold(prediction: Tensor, target: Tensor) -> Tensor:
         return 10 * loss(prediction, target)
 
-    one, ten = (probe(model, channel_map, [(x, y)], how) for how in (loss, tenfold))
+    one, ten = (summed(model, channel_map, [(x, y)], of_pairs(how)) for how in (loss, tenfold))
     for group, first in one.first.items():
         torch.testing.assert_close(ten.first[group], 10 * first, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(ten.rest_second[group], 100 * one.rest_second[group], rtol=1e-3, atol=1e-6)
@@ -474,20 +485,20 @@ def mapped(length: int, *rows: tuple[tuple[int, ...], ...]) -> ChannelMap:
 
 @settings(max_examples=25)
 @given(widths=st.lists(st.integers(1, 4), min_size=1, max_size=3), copies=st.integers(1, 4))
-def test_fold_takes_every_position_of_every_channel_once(widths: list[int], copies: int) -> None:
+def test_co_channels_take_every_position_of_every_channel_once(widths: list[int], copies: int) -> None:
     start, groups = 0, []
     for width in widths:
         groups.append(tuple(tuple(range(start + c * copies, start + (c + 1) * copies)) for c in range(width)))
         start += width * copies
-    peers = fold(mapped(start, *groups), ParamAxis("w", 1))
-    assert len({len(row) for row in peers}) == 1
-    assert sorted(p for row in peers for p in row) == list(range(start))
-    assert len(peers) == (sum(widths) if copies > 1 else start)
+    found = co_channel_positions(mapped(start, *groups), ParamAxis("w", 1))
+    assert len({len(row) for row in found}) == 1
+    assert sorted(p for row in found for p in row) == list(range(start))
+    assert len(found) == (sum(widths) if copies > 1 else start)
 
 
-def test_fold_keeps_positions_apart_where_groups_differ_in_copies() -> None:
+def test_co_channels_keep_positions_apart_where_groups_differ_in_copies() -> None:
     channel_map = mapped(6, ((0, 1), (2, 3)), ((4,), (5,)))
-    assert fold(channel_map, ParamAxis("w", 1)) == tuple((p,) for p in range(6))
+    assert co_channel_positions(channel_map, ParamAxis("w", 1)) == tuple((p,) for p in range(6))
 
 
 # ------------------------------------------------------------------------------------------------------------ combined
@@ -502,7 +513,7 @@ def test_combined_weighs_the_two_profits() -> None:
     assert math.isclose(float(both[1]), 9.0)
 
 
-# --------------------------------------------------------------------------------------------------------- compensation
+# ------------------------------------------------------------------------------------------------------ reconstruction
 
 
 class Pair(nn.Module):
@@ -516,22 +527,22 @@ class Pair(nn.Module):
         return self.read(self.write(x))
 
 
-def looked_at(model: nn.Module, x: Tensor) -> tuple[ChannelMap, Sums, dict[str, Tensor]]:
+def looked_at(model: nn.Module, x: Tensor) -> tuple[ChannelMap, Statistics, dict[str, Tensor]]:
     y = torch.randint(0, 4, (len(x),))
     channel_map = trace(model, x[:2])
-    return channel_map, probe(model, channel_map, [(x, y)], F.cross_entropy), dict(model.named_parameters())
+    return channel_map, probe(model, channel_map, [(x, y)], CE), dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("gone", [[0], [4, 1], [0, 1, 2]])
-def test_channels_that_peers_predict_exactly_leave_without_a_trace(gone: list[int]) -> None:
+def test_channels_that_co_channels_predict_exactly_leave_without_a_trace(gone: list[int]) -> None:
     """Six channels of three inputs: any three of them carry everything, means included."""
     torch.manual_seed(0)
     model, x = Pair(), torch.randn(400, 3) + 1
-    channel_map, sums, weights = looked_at(model, x)
+    channel_map, found, weights = looked_at(model, x)
     before = model(x).detach()
-    tensors = folded({"write": gone}, channel_map, peers(sums, channel_map, weights), weights)
+    tensors = readers_without({"write": gone}, channel_map, found.known, weights)
     assert not tensors["read.weight"][:, gone].any()
-    with standing_in(model, tensors):
+    with swapped(model, tensors):
         error = (model(x).detach() - before).square().mean().sqrt()
     with torch.no_grad():
         model.read.weight[:, gone] = 0
@@ -560,26 +571,26 @@ class Maps(nn.Module):
         return self.read(hidden).mean((2, 3)) + self.flat(hidden.flatten(1))
 
 
-def test_compensation_does_no_worse_than_plain_removal_in_maps() -> None:
+def test_reconstruction_does_no_worse_than_plain_removal_in_maps() -> None:
     """Squared error at the outputs, over the very data that the regression was made on."""
     torch.manual_seed(1)
     model, x = Maps(), torch.randn(300, 2, 6, 6)
     channel_map = trace(model, x[:2])
-    sums = probe(model, channel_map, [(x, torch.randint(0, 3, (300,)))], F.cross_entropy)
+    found = probe(model, channel_map, [(x, torch.randint(0, 3, (300,)))], of_pairs(F.cross_entropy))
     weights = dict(model.named_parameters())
-    known, before = peers(sums, channel_map, weights), model(x).detach()
+    known, before = found.known, model(x).detach()
 
     def error(tensors: dict[str, Tensor]) -> float:
-        with standing_in(model, tensors):
+        with swapped(model, tensors):
             return float((model(x).detach() - before).square().mean())
 
     for channel in range(5):
-        assert error(folded({"write": [channel]}, channel_map, known, weights)) < error(
-            folded({"write": [channel]}, channel_map, {}, weights)
+        assert error(readers_without({"write": [channel]}, channel_map, known, weights)) < error(
+            readers_without({"write": [channel]}, channel_map, {}, weights)
         )
 
 
-class Settled(nn.Module):
+class Between(nn.Module):
     """A convolution between norms, no biases: only a running mean can take over a constant."""
 
     def __init__(self) -> None:
@@ -591,36 +602,36 @@ class Settled(nn.Module):
         return self.behind(self.read(F.relu(self.before(self.write(x))))).mean((2, 3))
 
 
-def test_the_norm_behind_a_reader_takes_over_what_is_constant() -> None:
+def test_the_norm_behind_a_reader_takes_what_is_constant() -> None:
     """The mean of what the norm puts out does not move, whoever leaves."""
     torch.manual_seed(0)
-    model, x = Settled().eval(), torch.randn(200, 2, 3, 3)
+    model, x = Between().eval(), torch.randn(200, 2, 3, 3)
     channel_map = trace(model, x[:2])
-    sums = probe(model, channel_map, [(x, torch.randint(0, 3, (200,)))], F.cross_entropy)
+    found = probe(model, channel_map, [(x, torch.randint(0, 3, (200,)))], of_pairs(F.cross_entropy))
     weights = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     before = model(x).mean(0)
     for gone in ([0], [1, 4], [0, 1, 2, 3]):
-        tensors = folded({"write": gone}, channel_map, peers(sums, channel_map, weights), weights)
+        tensors = readers_without({"write": gone}, channel_map, found.known, weights)
         assert set(tensors) == {"read.weight", "behind.running_mean"}
-        with standing_in(model, tensors):
+        with swapped(model, tensors):
             torch.testing.assert_close(model(x).mean(0), before, rtol=1e-3, atol=1e-4)
 
 
-def test_behind_a_transposed_convolution_peers_mend_what_they_can_without_a_constant() -> None:
+def test_behind_a_transposed_convolution_others_mend_what_they_can_without_a_constant() -> None:
     """Overlapping windows spread a constant unevenly over the output, so no bias can take it over."""
     torch.manual_seed(0)
     up = nn.ConvTranspose2d(4, 3, 3, stride=2)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Sigmoid(), up, nn.Flatten()).eval()
     x = torch.randn(100, 2, 3, 3)
     channel_map, weights = trace(model, x[:2]), dict(model.named_parameters())
-    sums = probe(model, channel_map, [(x, torch.randn(100, 147))], F.mse_loss)
+    found = probe(model, channel_map, [(x, torch.randn(100, 147))], of_pairs(F.mse_loss))
     before = model(x).detach()
     for channel in range(4):
-        tensors = folded({"0": [channel]}, channel_map, peers(sums, channel_map, weights), weights)
+        tensors = readers_without({"0": [channel]}, channel_map, found.known, weights)
         assert set(tensors) == {"2.weight"}
         errors = []
-        for content in (tensors, folded({"0": [channel]}, channel_map, {}, weights)):
-            with standing_in(model, content):
+        for content in (tensors, readers_without({"0": [channel]}, channel_map, {}, weights)):
+            with swapped(model, content):
                 errors.append(float((model(x).detach() - before).square().mean()))
         assert errors[0] < 0.2 * errors[1]
 
@@ -632,15 +643,15 @@ def test_nothing_stands_in_where_nobody_is_left_or_a_parametrization_makes_the_w
     channel_map = trace(model, torch.randn(4, 3))
     weights = dict(model.named_parameters())
     name = "read.parametrizations.weight.original1"
-    tensors = folded({"write": [2]}, channel_map, {}, weights)
+    tensors = readers_without({"write": [2]}, channel_map, {}, weights)
     expected = weights[name].detach().clone()
     expected[:, 2] = 0
     assert set(tensors) == {name}
     assert torch.equal(tensors[name], expected)
     plain = Pair()
     x = torch.randn(50, 3)
-    found, sums, weights = looked_at(plain, x)
-    everything = folded({"write": range(6)}, found, peers(sums, found, weights), weights)
+    plain_map, found, weights = looked_at(plain, x)
+    everything = readers_without({"write": range(6)}, plain_map, found.known, weights)
     assert not everything["read.weight"].any()
     mean = plain.read(plain.write(x)).mean(0)  # the bias takes over what is constant
     torch.testing.assert_close(everything["read.bias"], mean.detach(), rtol=1e-4, atol=1e-5)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from autowidth.cost import macs_cost
 from autowidth.lab.data import load
+from autowidth.lab.loop import Method, train
 from autowidth.lab.models import build
+from autowidth.lab.settings import settings_of
 from autowidth.lab.studies.published import (
     MEAN,
     PublishedError,
@@ -22,8 +24,7 @@ from autowidth.lab.studies.published import (
     published_resnet,
 )
 from autowidth.lab.studies.shape_settings import is_ours
-from autowidth.lab.train import Method, settings_from, train
-from autowidth.policy import Books, Costs, Situation
+from autowidth.policy import Costs, GroupReport, Never, Situation
 from autowidth.trace import trace
 
 
@@ -105,17 +106,17 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_the_filters_of_least_worth_leave() -> None:
     worths = {"a": (3.0, 1.0, 2.0, 0.5), "b": (1.0, 2.0)}
-    groups = tuple(Books(name=n, width_start=len(w), worth=w, grace=(False,) * len(w)) for n, w in worths.items())
+    groups = tuple(GroupReport(name=n, width_start=len(w), worth=w, grace=(False,) * len(w)) for n, w in worths.items())
     network = build("resnet8", in_channels=1)
     costs = Costs(macs=macs_cost(trace(network, torch.zeros(2, 1, 8, 8))))
-    situation = Situation(step=1, total_steps=9, books=groups, costs=costs)
+    situation = Situation(step=1, total_steps=9, groups=groups, costs=costs)
     plan = ToShape(widths={"a": 2, "b": 2}).decide(situation).plan
     assert {name: index_map.removed for name, index_map in plan.items()} == {"a": (1, 3)}
 
 
 def test_removal_ends_at_the_shape() -> None:
-    settings = settings_from({"model": "resnet8", "data": "digits", "epochs": 1, "threads": 1})
-    first = train(settings_from({**settings.model_dump(), "edit": False}))
+    settings = settings_of({"model": "resnet8", "data": "digits", "epochs": 1, "threads": 1})
+    first = train(settings.model_copy(update={"policy": Never()}))
     widths = {name: max(width // 2 - number, 2) for number, (name, width) in enumerate(first.widths.items())}
     found = train(settings, method=Method(policy=ToShape(widths=widths)), network=first.network)
     assert found.widths == widths and found.reviews == 1 and found.inserted == 0
@@ -126,7 +127,7 @@ def test_removal_ends_at_the_shape() -> None:
 
 
 def test_widths_that_are_not_there_are_refused_before_training() -> None:
-    settings = settings_from({"model": "resnet8", "data": "digits", "epochs": 1, "threads": 1})
+    settings = settings_of({"model": "resnet8", "data": "digits", "epochs": 1, "threads": 1})
     for widths in ({"stem.conv": 99}, {"nowhere": 1}, {"stem.conv": 0}):
         with pytest.raises(ValueError, match="allowed are 1 to"):
             train(settings, method=Method(policy=ToShape(widths=widths)))

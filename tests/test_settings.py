@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from autowidth.engine import Effort
 from autowidth.lab.policies import TargetError, from_options
 from autowidth.lab.settings import PREFIX, Settings, SettingsError, settings_from, settings_of
-from autowidth.policy import Auto, Budget, Price
+from autowidth.policy import Auto, Budget, Limits, Never, Price
+from composed import composed
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +30,17 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"epochs": 0}, r"'epochs'.*greater than or equal to 1, got 0"),
     ({"epochs": "many"}, r"'epochs'.*integer.*'many'"),
     ({"epochz": 3}, r"no setting is named 'epochz'.*did you mean epochs"),
-    ({"macs": 0.3}, r"no setting is named 'macs'.*did you mean budget\.macs"),
-    ({"budget": {"mcas": 0.3}}, r"no setting is named 'budget\.mcas'.*did you mean budget\.macs"),
-    ({"budget": {"macs": 0}}, r"'budget'.*macs=0 is impossible"),
-    ({"budget": 3}, r"'budget'"),
+    ({"macs": 0.3}, r"no setting is named 'macs'.*did you mean policy\.macs"),
+    ({"policy": {"name": "budget", "mcas": 0.3}}, r"no setting is named 'policy\.mcas'.*did you mean policy\.macs"),
+    ({"policy": {"name": "budget", "macs": 0}}, r"'policy'.*macs=0 is impossible"),
+    ({"policy": {"name": "budget", "limits": {"multiple": 0}}}, r"'policy\.limits'.*multiple=0"),
+    (
+        {"policy": {"name": "budget", "limits": {"multipel": 8}}},
+        r"'policy\.limits\.multipel'.*policy\.limits\.multiple",
+    ),
+    ({"policy": {"name": "auto", "nats_per_model": -5}}, r"no setting is named 'policy\.nats_per_model'"),
+    ({"policy": {"name": "budgte"}}, r"'policy.name' is 'budgte', allowed are never, budget, price, auto"),
+    ({"policy": 3}, r"'policy.name' is '3'"),
     ({"effort": {"probe_samples": 0}}, r"'effort'.*probe_samples >= 1"),
     ({"lr": float("nan")}, r"'lr'.*finite"),
     ({"width": -1}, r"'width'.*greater than 0, got -1"),
@@ -49,8 +58,8 @@ def test_a_wrong_setting_is_named(given_settings: dict[str, Any], message: str) 
 
 
 CONFIGURATIONS = {
-    "run.json": '{"epochs": 7, "lr": 0.05, "budget": {"macs": 0.4, "count": 8}}',
-    "run.toml": "epochs = 7\nlr = 0.05\n[budget]\nmacs = 0.4\ncount = 8\n",
+    "run.json": '{"epochs": 7, "lr": 0.05, "policy": {"name": "budget", "macs": 0.4, "schedule": {"count": 8}}}',
+    "run.toml": 'epochs = 7\nlr = 0.05\n[policy]\nname = "budget"\nmacs = 0.4\n[policy.schedule]\ncount = 8\n',
 }
 
 
@@ -58,9 +67,9 @@ CONFIGURATIONS = {
 def test_a_file_fills_the_settings_and_is_overruled_field_by_field(tmp_path: Path, name: str) -> None:
     config = tmp_path / name
     config.write_text(CONFIGURATIONS[name])
-    assert settings_from({}, config=config) == Settings(epochs=7, lr=0.05, budget=Budget(macs=0.4, count=8))
-    overruled = settings_from({"epochs": 9, "budget": {"macs": 0.3}}, config=config)
-    assert overruled == Settings(epochs=9, lr=0.05, budget=Budget(macs=0.3, count=8))
+    assert settings_from({}, config=config) == Settings(epochs=7, lr=0.05, policy=composed(Budget(macs=0.4), count=8))
+    overruled = settings_from({"epochs": 9, "policy": {"macs": 0.3}}, config=config)
+    assert overruled == Settings(epochs=9, lr=0.05, policy=composed(Budget(macs=0.3), count=8))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +117,13 @@ def test_an_option_overrules_the_environment_which_overrules_the_file_which_over
 
 ENVIRONMENTS: list[tuple[str, str, dict[str, Any]]] = [
     ("AUTOWIDTH_MODEL", "vgg8", {"model": "vgg8"}),
-    ("AUTOWIDTH_EDIT", "false", {"edit": False}),
-    ("AUTOWIDTH_BUDGET__MACS", "0.3", {"budget": Budget(macs=0.3)}),
-    ("AUTOWIDTH_BUDGET", '{"macs": 0.3, "protect": ["stem*"]}', {"budget": Budget(macs=0.3, protect=("stem*",))}),
+    ("AUTOWIDTH_POLICY__NAME", "never", {"policy": Never()}),
+    ("AUTOWIDTH_POLICY", '{"name": "budget", "macs": 0.3}', {"policy": Budget(macs=0.3)}),
+    (
+        "AUTOWIDTH_POLICY",
+        '{"name": "budget", "limits": {"protect": ["stem*"]}}',
+        {"policy": composed(Budget(), protect=("stem*",))},
+    ),
     ("AUTOWIDTH_OUT", "runs/x", {"out": Path("runs/x")}),
     ("AUTOWIDTH_LOOKS", "", {}),
 ]
@@ -125,20 +138,23 @@ def test_a_variable_of_the_environment_is_a_setting(
     assert settings_of({}) == Settings()  # what is written down to be repeated depends on nobody's environment
 
 
-POLICIES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+HALF = 'policy = {name = "budget", macs = 0.4, schedule = {count = 4}}'
+DEAR = 'policy = {name = "price", nats_per_model = 0.4, pace = 0.3, limits = {offer = 0.1}}'
+POLICIES: list[tuple[str, dict[str, Any], Any]] = [
     # file, option, what comes out
-    ("budget = {macs = 0.4, count = 4}", {"macs": 0.3}, {"budget": Budget(macs=0.3, count=4)}),
-    ("budget = {macs = 0.4, count = 4}", {"params": 0.3}, {"budget": Budget(params=0.3, count=4)}),
-    ("budget = {macs = 0.4, count = 4}", {"latency_ms": 3}, {"budget": Budget(latency_ms=3, count=4)}),
-    ("budget = {macs = 0.4, count = 4}", {"price": 0.2}, {"price": Price(nats_per_model=0.2, count=4)}),
-    ("budget = {macs = 0.4, count = 4}", {"auto": True}, {"auto": Auto(count=4)}),
-    ("price = {nats_per_model = 0.4, offer = 0.1}", {"macs": 0.3}, {"budget": Budget(macs=0.3, offer=0.1)}),
-    ("price = {nats_per_model = 0.4, pace = 0.3}", {"price": 0.2}, {"price": Price(nats_per_model=0.2, pace=0.3)}),
-    ("auto = {nats_per_parameter = 0.4, pace = 0.3}", {"auto": True}, {"auto": Auto(nats_per_parameter=0.4, pace=0.3)}),
-    ("auto = {nats_per_parameter = 0.4, pace = 0.3}", {"price": 0.2}, {"price": Price(nats_per_model=0.2, pace=0.3)}),
-    ("budget = {count = 4}", {"macs": 0.3}, {"budget": Budget(macs=0.3, count=4)}),
-    ("edit = false", {"macs": 0.3}, {"budget": Budget(macs=0.3)}),
-    ("budget = {macs = 0.4}", {"edit": False}, {"budget": Budget(macs=0.4), "edit": False}),
+    (HALF, {"macs": 0.3}, composed(Budget(macs=0.3), count=4)),
+    (HALF, {"params": 0.3}, composed(Budget(params=0.3), count=4)),
+    (HALF, {"latency_ms": 3}, composed(Budget(latency_ms=3), count=4)),
+    (HALF, {"price": 0.2}, composed(Price(nats_per_model=0.2), count=4)),
+    (HALF, {"auto": True}, composed(Auto(), count=4)),
+    (HALF, {"edit": False}, Never()),
+    (HALF, {"named": "price"}, composed(Price(), count=4)),
+    (HALF, {}, composed(Budget(macs=0.4), count=4)),
+    (DEAR, {"macs": 0.3}, replace(Budget(macs=0.3), limits=Limits(offer=0.1))),
+    (DEAR, {"price": 0.2}, replace(Price(nats_per_model=0.2), limits=Limits(offer=0.1))),
+    ('policy = {name = "never"}', {"macs": 0.3}, Budget(macs=0.3)),
+    ("policy = {schedule = {count = 4}}", {"macs": 0.3}, composed(Budget(macs=0.3), count=4)),
+    ("policy = {schedule = {count = 4}}", {}, composed(Auto(), count=4)),
 ]
 
 
@@ -148,26 +164,32 @@ def test_the_target_of_an_option_holds_whole(
 ) -> None:
     bounds = {name: option.get(name) for name in ("macs", "params", "latency", "latency_ms")}
     options = from_options(
-        bounds, price=option.get("price"), auto=option.get("auto", False), edit=option.get("edit")
+        bounds, price=option.get("price"), auto=option.get("auto", False), edit=option.get("edit", True),
+        named=option.get("named"),
     )  # fmt: skip
-    assert settings_from(options, config=written(tmp_path, file)) == Settings(**expected)
+    assert settings_from(options, config=written(tmp_path, file)) == Settings(policy=expected)
 
 
 def test_the_target_of_the_environment_stands_between_option_and_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = written(tmp_path, "budget = {macs = 0.4, count = 4, grace = 1}")
-    monkeypatch.setenv("AUTOWIDTH_BUDGET__PARAMS", "0.5")
-    monkeypatch.setenv("AUTOWIDTH_BUDGET__COUNT", "5")
-    assert settings_from({}, config=config).budget == Budget(params=0.5, count=5, grace=1)
-    assert settings_from({"budget": {"macs": 0.3}}, config=config).budget == Budget(macs=0.3, count=5, grace=1)
+    config = written(tmp_path, 'policy = {name = "budget", macs = 0.4, schedule = {count = 4}, limits = {grace = 1}}')
+    monkeypatch.setenv("AUTOWIDTH_POLICY__NAME", "budget")
+    monkeypatch.setenv("AUTOWIDTH_POLICY__PARAMS", "0.5")
+    monkeypatch.setenv("AUTOWIDTH_POLICY__SCHEDULE__COUNT", "5")
+    assert settings_from({}, config=config).policy == composed(Budget(params=0.5), count=5, grace=1)
+    named = settings_from({"policy": {"name": "budget", "macs": 0.3}}, config=config)
+    assert named.policy == composed(Budget(macs=0.3), count=5, grace=1)
 
 
-def test_no_target_and_a_target_exclude_each_other() -> None:
-    with pytest.raises(TargetError, match="--auto finds the target itself"):
-        from_options({"macs": 0.5}, price=None, auto=True, edit=None)
-    with pytest.raises(TargetError, match="leave out"):
-        from_options({"macs": None}, price=0.5, auto=True, edit=None)
+def test_options_that_choose_different_ends_exclude_each_other() -> None:
+    nothing: dict[str, Any] = {"price": None, "auto": False, "edit": True, "named": None}
+    for given in ({"auto": True}, {"price": 0.5}, {"edit": False}, {"named": "price"}):
+        with pytest.raises(TargetError, match="each choose where the run ends: keep one of them"):
+            from_options({"macs": 0.5}, **(nothing | given))
+    with pytest.raises(TargetError, match="allowed are never, budget, price, auto"):
+        from_options({"macs": None}, **(nothing | {"named": "budgte"}))
+    assert from_options({"macs": None}, **nothing) == {}
 
 
 # ---- where the mistake is --------------------------------------------------------------------------------------------
@@ -176,22 +198,25 @@ PLACES: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
     ("epochs = 0", {}, {}, r"^setting 'epochs' in \S*run.toml should be greater .* got 0$"),
     ("epochs = 0", {"EPOCHS": "x"}, {}, r"^setting 'epochs' in the environment should be .* got 'x'$"),
     ("epochs = 0", {"EPOCHS": "x"}, {"epochs": -1}, r"^setting 'epochs' should be greater .* got -1$"),
-    ("budget = {mcas = 1}", {}, {"budget": {"params": 0.5}}, r"'budget.mcas' in \S*run.toml; did you mean budget.macs"),
+    ('policy = {name = "budget", mcas = 1}', {}, {}, r"'policy.mcas' in \S*run.toml; did you mean policy.macs"),
     (
-        "budget = {count = 0}",
+        "policy = {schedule = {count = 0}}",
         {},
-        {"budget": {"params": 0.5}},
-        r"'budget' in \S*run.toml or on the command line: count",
+        {"policy": {"name": "budget", "params": 0.5}},
+        r"'policy.schedule' in \S*run.toml: count=0",
     ),
-    ("", {"BUDGET__COUNT": "x"}, {}, r"'budget.count' in the environment should be a valid integer.* got 'x'"),
-    ("", {"BUDGET": "{"}, {}, r"^setting 'budget' in the environment should be .* got '{'$"),
+    (
+        "",
+        {"POLICY__NAME": "auto", "POLICY__SCHEDULE__COUNT": "x"},
+        {},
+        r"'policy.schedule.count' in the environment should be a valid integer.* got 'x'",
+    ),
     (
         "",
         {"EPOCHZ": "1"},
         {},
         r"^the variable AUTOWIDTH_EPOCHZ of the environment is no setting: .* mean epochs\?$",
     ),
-    ("price = {pace = 1}\nbudget = {macs = 0.5}", {}, {}, r"in \S*run.toml: budget and price are given: keep one of"),
 ]
 
 

@@ -39,6 +39,7 @@ from autowidth.lab.prepare import ModelError
 from autowidth.lab.result import Progress
 from autowidth.lab.settings import Settings, settings_from
 from autowidth.policy import Budget, Decision, Never, Situation
+from composed import composed
 
 SHORT = Settings(
     model="resnet8",
@@ -46,7 +47,7 @@ SHORT = Settings(
     epochs=2,
     limit=192,
     batch_size=32,
-    budget=Budget(macs=0.6, count=3, begin=0.2, end=0.8, grace=1),
+    policy=composed(Budget(macs=0.6), count=3, begin=0.2, end=0.8, grace=1),
     effort=Effort(probe_samples=64, audit_samples=64, audit_filters=4),
     device="cpu",
 )
@@ -102,7 +103,7 @@ class Shuffling(Watching):
     """Reviews, and puts the channels of every group into another order."""
 
     def decide(self, situation: Situation) -> Decision:
-        widths = {books.name: len(books.worth) for books in situation.books}
+        widths = situation.widths
         return Decision(plan={name: IndexMap(tuple(range(w))[::-1], w) for name, w in widths.items()})
 
 
@@ -155,7 +156,7 @@ RUNS = {
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
 def test_without_reviews_the_run_is_the_plain_loop_bit_for_bit(settings: Settings) -> None:
-    assert same(train(settings.model_copy(update={"edit": False})).network, plain_loop(settings))
+    assert same(train(settings.model_copy(update={"policy": Never()})).network, plain_loop(settings))
 
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
@@ -226,14 +227,16 @@ def test_evaluation_touches_neither_weights_nor_statistics() -> None:
 
 
 def test_a_held_out_share_keeps_the_test_images_out_of_it() -> None:
-    result = train(short(holdout=0.25, edit=False, epochs=1))
+    result = train(short(holdout=0.25, policy=Never(), epochs=1))
     images = digits(limit=192, holdout=0.25)
     assert result.part == "held_out"
     assert result.accuracy == slow_evaluation(result.network, images.plain_batches("held_out", 64))[0]
 
 
 def test_a_network_that_starts_narrow_has_filters_inserted() -> None:
-    result = train(short(width=0.25, budget=Budget(macs=1.5, count=2, begin=0.2, end=0.8, grace=0, offer=0.4)))
+    result = train(
+        short(width=0.25, policy=composed(Budget(macs=1.5), count=2, begin=0.2, end=0.8, grace=0, offer=0.4))
+    )
     assert result.inserted > 0
     assert result.macs_start < result.macs <= 1.5 * result.macs_start
     assert result.inserted_alive == sum(len(m.inserted) for m in result.history.lineage().values())
@@ -277,8 +280,8 @@ def test_an_average_leaves_the_training_as_it_is_and_is_what_comes_out(settings:
     torch.manual_seed(5)
     network = resolve(settings.model, in_channels=1, **({} if ":" in settings.model else {"width": settings.width}))
     beside = copy.deepcopy(network)
-    plain = train(settings.model_copy(update={"edit": False}), network=network)
-    averaged = train(settings.model_copy(update={"edit": False, "ema": 0.9}), network=beside)
+    plain = train(settings.model_copy(update={"policy": Never()}), network=network)
+    averaged = train(settings.model_copy(update={"policy": Never(), "ema": 0.9}), network=beside)
     assert plain.network is network
     assert same(network, beside)
     assert averaged.network is not beside
@@ -289,7 +292,7 @@ def test_an_average_leaves_the_training_as_it_is_and_is_what_comes_out(settings:
 
 
 def test_the_average_is_what_the_formula_says() -> None:
-    settings = short(edit=False, ema=0.6)  # reached after 13 of 24 steps, until then less is kept
+    settings = short(policy=Never(), ema=0.6)  # reached after 13 of 24 steps, until then less is kept
     network = build("resnet8", in_channels=1, width=0.5)
     states: list[dict[str, Tensor]] = []
 
@@ -313,11 +316,13 @@ def test_the_average_is_what_the_formula_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [SHORT.budget, Budget(macs=1.5, count=2, begin=0.2, end=0.8, grace=0, offer=0.4)], ids=["less", "more"]
+    "budget",
+    [SHORT.policy, composed(Budget(macs=1.5), count=2, begin=0.2, end=0.8, grace=0, offer=0.4)],
+    ids=["less", "more"],
 )
 def test_the_average_goes_through_surgery_with_the_network(tmp_path: Path, budget: Budget) -> None:
     network = build("resnet8", in_channels=1, width=0.5)
-    result = train(short(ema=0.5, budget=budget, out=tmp_path / "run"), network=network)
+    result = train(short(ema=0.5, policy=budget, out=tmp_path / "run"), network=network)
     assert result.removed + result.inserted > 0
     assert result.widths != result.widths_start
     assert not same(result.network, network)
@@ -364,7 +369,15 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create:UserWarning")
 def test_a_streamed_run_is_the_run_in_memory_and_tells_what_was_left_out(tmp_path: Path, photos: Path) -> None:
     config = tmp_path / "run.json"
-    table = {"model": "resnet8", "width": 0.25, "epochs": 2, "size": 8, "batch_size": 8, "edit": False, "device": "cpu"}
+    table = {
+        "model": "resnet8",
+        "width": 0.25,
+        "epochs": 2,
+        "size": 8,
+        "batch_size": 8,
+        "policy": {"name": "never"},
+        "device": "cpu",
+    }
     config.write_text(json.dumps({"data": f"folder:{photos}", "skip_corrupt": True, **table}))
     told: list[Progress] = []
     kept = train(settings_from({}, config=config))
@@ -414,8 +427,8 @@ class Tiny(nn.Module):
 def test_a_compiled_run_is_the_eager_run_through_surgery() -> None:
     from torch._dynamo.utils import counters
 
-    budget = Budget(macs=0.6, count=2, begin=0.2, end=0.8, grace=1)
-    settings = short(model=f"{__name__}:Tiny", width=1.0, lr=0.05, budget=budget, ema=0.5)
+    budget = composed(Budget(macs=0.6), count=2, begin=0.2, end=0.8, grace=1)
+    settings = short(model=f"{__name__}:Tiny", width=1.0, lr=0.05, policy=budget, ema=0.5)
     losses: dict[bool, list[float]] = {}
     results = {}
     for quickly in (False, True):
@@ -446,7 +459,7 @@ def test_what_cannot_be_compiled_is_told_in_one_sentence(monkeypatch: pytest.Mon
 
 def test_the_number_of_threads_is_put_back() -> None:
     before = torch.get_num_threads()
-    assert train(short(edit=False, epochs=1, limit=32, threads=before + 1)).threads == before + 1
+    assert train(short(policy=Never(), epochs=1, limit=32, threads=before + 1)).threads == before + 1
     assert torch.get_num_threads() == before
 
 

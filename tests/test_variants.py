@@ -9,8 +9,8 @@ import pytest
 
 from autowidth.lab.bench import BenchError
 from autowidth.lab.methods import METHODS
+from autowidth.lab.settings import SettingsError
 from autowidth.lab.studies.variants import VARIANTS, Variant, main, table, training_of, unit_of, variants
-from autowidth.lab.train import SettingsError
 
 DECISIONS = Path(__file__).resolve().parent.parent / "docs" / "decisions"
 ROWS = [(decision, row) for decision, rows in VARIANTS.items() for row in rows]
@@ -24,7 +24,8 @@ def test_every_row_is_what_todays_code_can_run(decision: str, row: Variant) -> N
     assert (training.model, training.width, training.epochs, training.pool) == (row.model, row.start, 16, 2)
     policy = training.policy
     for name, value in {**row.settings.get("budget", {}), **row.settings.get("auto", {})}.items():
-        assert getattr(policy, name) == value
+        parts = (policy, policy.schedule, policy.limits)
+        assert [getattr(part, name) for part in parts if hasattr(part, name)] == [value]
     assert training.lr == row.settings.get("lr", 0.6)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap, IndexMap, ParamAxis, ResizePlan
+from autowidth.errors import AutoWidthError
 from autowidth.history import History
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
@@ -36,7 +37,7 @@ _NEAR = 1e-6
 """Numbers closer than this are the same where widths are solved for in float64; true ones are whole."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(AutoWidthError, ValueError):
     """A run that cannot be written, is missing, damaged or too new, or belongs to another network."""
 
 
@@ -105,15 +106,10 @@ def save(
     """
     folder, token = Path(path), secrets.token_hex(8)
     tensors, tied = _tensors(model)
-    record = {
-        "schema": SCHEMA,
-        "token": token,
-        "torch": str(torch.__version__),
+    record = _record(token, tensors, tied) | {
         "events": None if history is None else len(history),
         "widths": None if channel_map is None else _checked_widths(channel_map, model),
         "extra": _checked_extra(extra or {}),
-        "tied": tied,
-        "shapes": {name: list(tensors[tied.get(name, name)].shape) for name in (*tensors, *tied)},
     }
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot save a run to {folder}: it is a file; name a folder")
@@ -208,12 +204,22 @@ def _staged(folder: Path, name: str, token: str) -> Path:
     return folder / f".{name}.{token}"
 
 
+_STAGED = re.compile(rf"\.(?P<name>{'|'.join(map(re.escape, (RUN, MODEL, HISTORY)))})\.(?P<token>[0-9a-f]{{16}})")
+"""The names that only `save` gives: whatever else lies in the folder is the user's."""
+
+_UNFINISHED = re.compile(rf"\.\.{re.escape(HISTORY)}\.[0-9a-f]{{16}}\.\d+")
+"""A staged history that a crash cut short while it was written (see History.write)."""
+
+
 def _stage(folder: Path, record: dict[str, object], tensors: dict[str, Tensor], history: History | None) -> None:
     """Writes all files of a run under their staged names, and has the disk confirm them."""
     token = str(record["token"])
     run, weights = _staged(folder, RUN, token), _staged(folder, MODEL, token)
     run.write_text(json.dumps(record, indent=1, allow_nan=False))
-    save_file(tensors, weights, metadata={"format": "pt", "token": token})
+    try:
+        save_file(tensors, weights, metadata={"format": "pt", "token": token})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"cannot write {folder / MODEL}: {error}") from error
     shutil.copymode(run, weights)  # safetensors lets nobody but the owner read its files
     if history is not None:
         history.write(_staged(folder, HISTORY, token))
@@ -228,12 +234,12 @@ def _settle(folder: Path) -> None:
         token = read_run(folder).token
     except CheckpointError:
         token = None
-    for name in (MODEL, HISTORY, RUN):
-        for staged in folder.glob(f".*{name}.*"):
-            if token is not None and staged == _staged(folder, name, token):
-                os.replace(staged, folder / name)
-            else:
-                staged.unlink()
+    for staged in list(folder.iterdir()):
+        match = _STAGED.fullmatch(staged.name)
+        if match and token is not None and match["token"] == token:
+            os.replace(staged, folder / match["name"])
+        elif (match or _UNFINISHED.fullmatch(staged.name)) and staged.is_file():
+            staged.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -246,6 +252,12 @@ def _sync(path: Path) -> None:
 
 
 # ---- what goes in ----------------------------------------------------------------------------------------------------
+
+
+def _record(token: str, tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, object]:
+    """The part of run.json that the tensors decide."""
+    shapes = {name: list(tensors[tied.get(name, name)].shape) for name in (*tensors, *tied)}
+    return {"schema": SCHEMA, "token": token, "torch": str(torch.__version__), "tied": tied, "shapes": shapes}
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

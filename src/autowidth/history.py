@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from autowidth.channels import FRESH, IndexMap
+from autowidth.errors import AutoWidthError
 
-SCHEMA = 1
-"""Version of the file format. A reader refuses a file of a newer version."""
+SCHEMA = 2
+"""Version of the file format. A reader takes older ones, and refuses a file of a newer version.
 
+1: the cost aimed at was `target_macs`, whatever its unit; predictions were `announced`.
+"""
 
 PARTS = ("probe", "audit", "decide", "surgery")
 """What the time of a review is spent on."""
 
 
-class HistoryError(ValueError):
+class HistoryError(AutoWidthError, ValueError):
     """A history file that is missing its header, damaged, or written in a newer format."""
 
 
@@ -56,13 +59,16 @@ class Event:
     total_steps: int
     loss: float | None = None
     """Probe loss before surgery."""
-    announced: float | None = None
+    predicted: float | None = None
     """Predicted loss change of the plan."""
     measured: float | None = None
     """True loss change of the plan on the audit samples."""
     price: float | None = None
-    """Nats per MAC at the margin."""
-    target_macs: int | None = None
+    """Nats per `unit` at the margin."""
+    target: float | None = None
+    """The cost aimed at, in `unit`."""
+    unit: str = "macs"
+    """What the policy bounds: macs, params or ms."""
     macs_before: int
     macs: int
     params_before: int
@@ -75,7 +81,7 @@ class Event:
     """Channel group name -> weakest, median and strongest worth before the resize."""
     fidelity: Fidelity | None = None
     coefficients: tuple[float, ...] = ()
-    """Of the combined criterion."""
+    """Of (next-layer, own-layer) in the worth, as the audits had taught by then."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each of `PARTS`."""
     notes: tuple[str, ...] = ()
@@ -83,9 +89,8 @@ class Event:
     def __post_init__(self) -> None:
         for name in ("step", "total_steps", "macs_before", "macs", "params_before", "params"):
             object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("loss", "announced", "measured", "price"):
+        for name in ("loss", "predicted", "measured", "price", "target"):
             object.__setattr__(self, name, _finite_or_none(getattr(self, name)))
-        object.__setattr__(self, "target_macs", None if self.target_macs is None else int(self.target_macs))
         object.__setattr__(self, "widths", {group: int(width) for group, width in self.widths.items()})
         object.__setattr__(self, "maps", dict(self.maps))
         object.__setattr__(self, "worths", {group: tuple(map(_finite_or_nan, w)) for group, w in self.worths.items()})
@@ -155,11 +160,32 @@ class History:
     def append(self, event: Event) -> None:
         """Adds an event at the end; it is on disk on return where the record has a path."""
         if self._path is not None:
-            with self._path.open("ab") as file:
-                file.write(_line(_event_to_json(event)))
+            self._append_line(self._path, _line(_event_to_json(event)))
+        self._events.append(event)
+
+    @staticmethod
+    def _append_line(path: Path, line: bytes) -> None:
+        """Adds the line at the end of the file, whole or not at all: a full disk must not leave half of one."""
+        length = path.stat().st_size
+        try:
+            with path.open("ab") as file:
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-        self._events.append(event)
+        except BaseException:
+            os.truncate(path, length)
+            raise
+
+    def retract(self, event: Event) -> None:
+        """Takes the event back, on disk too, if it is the last one; else nothing happens.
+
+        For a review that fails after it was recorded. Raises OSError where the disk refuses.
+        """
+        if not self._events or self._events[-1] is not event:
+            return
+        self._events.pop()
+        if self._path is not None:
+            self.write(self._path)
 
     def attach(self, path: str | os.PathLike[str]) -> None:
         """Writes the record to `path`, in place of what is there, and adds every later event to that file."""
@@ -188,13 +214,14 @@ class History:
         another line is damaged or the format is newer than this version of the package.
         """
         header, *lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
-        history = cls(_header(path, header))
+        schema, widths = _header(path, header)
+        history = cls(widths)
         if lines and not _is_json(lines[-1]):
             lines.pop()
             warnings.warn(f"history {path}: dropped the last line, which a crash cut short", stacklevel=2)
         for number, line in enumerate(lines, start=2):
             try:
-                history.append(_event_from_json(json.loads(line)))
+                history.append(_event_from_json(_upgraded(json.loads(line), schema)))
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 raise HistoryError(f"history {path}, line {number} is damaged: no event ({error})") from error
         return history
@@ -259,15 +286,15 @@ class History:
     def digest(self) -> list[dict[str, object]]:
         """A record for each review that JSON can hold: the losses, the price, who left, who came and who stayed.
 
-        Keys: step; loss, announced and measured, nats per sample; price, nats per MAC; macs and params after it;
-        removed, inserted and, of those inserted then, alive at the end of this record, by channel group; spearman, how
-        well the criterion had ranked the filters that were audited; notes.
+        Keys: step; loss, predicted and measured, nats per sample; price, nats per unit of the cost; macs and params
+        after it; removed, inserted and, of those inserted then, alive at the end of this record, by channel group;
+        spearman, how well worths had ranked the filters that were audited; notes.
         """
         return [
             {
                 "step": event.step,
                 "loss": event.loss,
-                "announced": event.announced,
+                "predicted": event.predicted,
                 "measured": event.measured,
                 "price": event.price,
                 "macs": event.macs,
@@ -322,8 +349,8 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _header(path: str | os.PathLike[str], line: bytes) -> dict[str, int]:
-    """The starting widths of the file's first line. Raises HistoryError."""
+def _header(path: str | os.PathLike[str], line: bytes) -> tuple[int, dict[str, int]]:
+    """The format and the starting widths of the file's first line. Raises HistoryError."""
     try:
         header = json.loads(line)
         schema, widths = int(header["schema"]), header.get("widths_start")
@@ -335,7 +362,15 @@ def _header(path: str | os.PathLike[str], line: bytes) -> dict[str, int]:
         )
     if not isinstance(widths, dict):
         raise HistoryError(f"history {path}, line 1: the header has no widths_start; the file is damaged")
-    return widths
+    return schema, widths
+
+
+def _upgraded(record: dict[str, Any], schema: int) -> dict[str, Any]:
+    """The record of an event as this version writes it. Raises KeyError where an entry is missing."""
+    if schema >= 2:
+        return record
+    known = dict(record)
+    return known | {"predicted": known.pop("announced"), "target": known.pop("target_macs"), "unit": "macs"}
 
 
 def _event_to_json(event: Event) -> dict[str, object]:

@@ -159,3 +159,24 @@ def _narrowed(
 def _terms(channel_map: ChannelMap) -> tuple[float, float, float]:
     widths = channel_map.widths
     return 1.0, macs_cost(channel_map).at(widths), elements_cost(channel_map).at(widths)
+
+
+class LatencyMeter:
+    """The latency of one model: a formula fitted at the start, and a stopwatch.
+
+    The model is timed with these inputs, in evaluation mode; widths of the copies that are timed for the fit are
+    multiples of `multiple` where they differ from the model's.
+    """
+
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: object, *, multiple: int = 1) -> None:
+        self._model = model
+        self._inputs = example_inputs
+        self.fit = fit_latency(model, channel_map, example_inputs, multiple=multiple)
+
+    def now(self) -> float:
+        """Milliseconds of one forward pass of the model as it is, timed now."""
+        return 1000 * timed([self._model], self._inputs)[0]
+
+    def cost(self, channel_map: ChannelMap) -> Cost:
+        """Milliseconds as a function of the widths, right at the present ones, which are timed once more."""
+        return self.fit.cost_through(channel_map, self.now())

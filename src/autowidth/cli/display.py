@@ -15,7 +15,7 @@ from rich.text import Text
 
 from autowidth.cost import macs_cost
 from autowidth.history import Event
-from autowidth.lab.policies import described, reviewed
+from autowidth.lab.policies import reviewed
 from autowidth.lab.result import Progress, Result
 from autowidth.lab.settings import Settings
 
@@ -97,9 +97,8 @@ class Screen(Silence):
             f"{short(p.params)} ({p.params / p.params_start:.1%})",
             str(p.reviews),
         )
-        last = (
-            _described(p.event, p.reviews) if p.event else "no review yet" if reviewed(self.settings) else "no reviews"
-        )
+        waiting = "no review yet" if reviewed(self.settings.policy) else "no reviews"
+        last = _described(p.event, p.reviews) if p.event else waiting
         widths = Text(f"widths {_widths(p.widths)}")
         self.live.update(Group(Text(_opening(self.settings, p)), self.bar, figures, widths, Text(last)))
 
@@ -113,7 +112,7 @@ def display_for(console: Console, settings: Settings, *, quiet: bool) -> Silence
 
 def _opening(settings: Settings, p: Progress) -> str:
     """What is trained in a line, and on what images in another."""
-    aim = described(settings.policy)
+    aim = settings.policy.aim
     start = f"{short(p.macs_start)} MACs, {short(p.params_start)} parameters"
     run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
     return f"{run}\n{p.data}"
@@ -123,8 +122,8 @@ def _described(event: Event, number: int) -> str:
     """A review in one line."""
     moved = f"-{sum(event.removed.values())} +{sum(event.inserted.values())} filters"
     parts = [f"review {number} at step {event.step}: {moved}"]
-    if event.announced is not None and event.measured is not None:
-        parts.append(f"loss {event.measured:+.4f} nats (predicted {event.announced:+.4f})")
+    if event.predicted is not None and event.measured is not None:
+        parts.append(f"loss {event.measured:+.4f} nats (predicted {event.predicted:+.4f})")
     if event.fidelity is not None and event.fidelity.spearman is not None:
         parts.append(f"audit agreed {event.fidelity.spearman:.2f}")
     return ", ".join(parts)

@@ -8,36 +8,14 @@ from contextlib import contextmanager
 
 import typer
 
-from autowidth.checkpoint import CheckpointError
-from autowidth.engine import ForeignOptimizerError, NothingToResizeError
 from autowidth.errors import AutoWidthError
-from autowidth.history import HistoryError
-from autowidth.lab.data import DataError, UnknownDataError
-from autowidth.lab.models import UnknownModelError
-from autowidth.policy import BudgetError
-from autowidth.probe import ProbeError
-from autowidth.trace import TraceError
 
 
 class UsageError(AutoWidthError, ValueError):
     """An argument that has not the form it should have."""
 
 
-MISTAKES = (
-    AutoWidthError,
-    FloatingPointError,
-    OSError,
-    UnknownModelError,
-    UnknownDataError,
-    DataError,
-    BudgetError,
-    NothingToResizeError,
-    ForeignOptimizerError,
-    ProbeError,
-    TraceError,
-    CheckpointError,
-    HistoryError,
-)
+MISTAKES = (AutoWidthError, OSError)
 """What a user can mend. Everything else is a bug, and shows its traceback."""
 
 

@@ -19,7 +19,7 @@ from autowidth.cli.door import UsageError, door
 from autowidth.cost import count_macs, macs_cost, params_cost
 from autowidth.lab.models import UnknownModelError, resolve, spec
 from autowidth.lab.prepare import ModelError
-from autowidth.trace import trace
+from autowidth.trace import keep_frozen_parameters, trace
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -75,7 +75,7 @@ def inspected(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     except Exception as error:  # it is the user's code that runs here
         raise ModelError(f"cannot build the model {name}: {type(error).__name__}: {error}") from error
     example = torch.zeros(shape)
-    channel_map = trace(network, example)
+    channel_map = keep_frozen_parameters(trace(network, example), network)
     macs, params = macs_cost(channel_map), params_cost(channel_map, [n for n, _ in network.named_parameters()])
     costs = zip(macs.of_channel(channel_map.widths), params.of_channel(channel_map.widths), strict=True)
     return {

@@ -14,6 +14,7 @@ from autowidth.cli.door import door
 from autowidth.lab.loop import train
 from autowidth.lab.policies import from_options
 from autowidth.lab.settings import Settings, settings_from
+from autowidth.policy import POLICIES
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -30,10 +31,10 @@ a network of yours on pictures of yours:
 settings out of a file, the result for a program:
   autowidth train --config run.toml --seed 1 --json
 
-A configuration file, TOML or JSON, holds the same names, and a table
-for the policy and one for the reviews:
+A configuration file, TOML or JSON, holds the same names, and tables
+for the policy and for what reviews may look at:
   epochs = 30
-  budget = {macs = 0.4, count = 8}
+  policy = {name = "budget", macs = 0.4, limits = {multiple = 8}}
   effort = {audit_filters = 20}
 What is in neither may be in the environment: AUTOWIDTH_EPOCHS=30.
 """
@@ -60,6 +61,10 @@ Price = Annotated[float | None, typer.Option(help="end where a MAC earns what it
 Auto = Annotated[
     bool, typer.Option("--auto", help="as wide as the data justify; this is what happens without any target")
 ]
+Policy = Annotated[
+    str | None,
+    typer.Option(help=f"any policy by name, its settings from the configuration: {', '.join(POLICIES)}"),
+]
 Epochs = Annotated[int | None, _option("epochs", "--epochs")]
 BatchSize = Annotated[int | None, _option("batch_size", "--batch-size")]
 Rate = Annotated[float | None, _option("lr", "--lr")]
@@ -77,7 +82,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 def command(
     model: Model = None, data: Data = None, macs: Macs = None, params: Params = None, latency: Latency = None,
-    latency_ms: LatencyMs = None, price: Price = None, auto: Auto = False, epochs: Epochs = None,
+    latency_ms: LatencyMs = None, price: Price = None, auto: Auto = False, policy: Policy = None, epochs: Epochs = None,
     batch_size: BatchSize = None, lr: Rate = None, seed: Seed = None, width: Width = None, out: Out = None,
     config: Config = None, device: Device = None, threads: Threads = None, no_edit: NoEdit = False,
     as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False,
@@ -90,7 +95,7 @@ def command(
     }  # fmt: skip
     with door(debug=debug):
         given = {name: value for name, value in options.items() if value is not None}
-        given |= from_options(bounds, price=price, auto=auto, edit=False if no_edit else None)
+        given |= from_options(bounds, price=price, auto=auto, edit=not no_edit, named=policy)
         settings = settings_from(given, config=config)
         if settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})

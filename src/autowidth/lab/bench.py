@@ -211,7 +211,11 @@ def _check(suite: Suite, place: Path) -> None:
 
 def _completed(got: Any, wanted: Any) -> Any:
     """A setting as it was written, with what did not exist then (or not for that method) as it is asked for now."""
-    return {**wanted, **got} if isinstance(got, dict) and isinstance(wanted, dict) else got
+    return (
+        {key: got.get(key, wanted[key]) for key in wanted}
+        if isinstance(got, dict) and isinstance(wanted, dict)
+        else got
+    )
 
 
 def _brief(value: Any, other: Any) -> str:

@@ -33,15 +33,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from autowidth.checkpoint import save
-from autowidth.engine import AutoWidth, Effort
+from autowidth.engine import AutoWidth
 from autowidth.errors import AutoWidthError
-from autowidth.lab.baselines.registry import Importance, TrainingRule
+from autowidth.lab.baselines.registry import TrainingRule
 from autowidth.lab.data import Batches, ImageSet, Pictures
-from autowidth.lab.policies import informed
 from autowidth.lab.prepare import ModelError, build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
 from autowidth.lab.settings import Settings
 from autowidth.policy import Policy
+from autowidth.review.review import Importance
 
 
 class DivergedError(AutoWidthError, FloatingPointError):
@@ -113,7 +113,11 @@ def train(
     with _threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)), _fitted_convolutions():
         network = (network or build_network(settings, images)).to(device)
         run = _Run(settings, images, network, method or Method())
-        run.follow(report, watch)
+        try:
+            run.follow(report, watch)
+        except BaseException:
+            run.engine.abandon()
+            raise
         result = run.result()
     if settings.out is not None:
         extra = {"settings": settings.model_dump(mode="json"), "result": result.as_json()}
@@ -125,7 +129,7 @@ class _Run:
     """The loop and what it holds."""
 
     def __init__(self, settings: Settings, images: ImageSet, network: nn.Module, method: Method) -> None:
-        policy = informed(method.policy or settings.policy, samples=len(images.train))
+        policy = method.policy or settings.policy
         self.settings = settings
         self.rule = method.rule
         self.network = network
@@ -157,21 +161,17 @@ class _Run:
         self.cpu_seconds = 0.0
 
     def _attached(self, policy: Policy, method: Method) -> AutoWidth:
-        """The engine on the network, with the effort that the settings name, or one that fits the run."""
+        """The engine on the network."""
         settings, images = self.settings, self.images
         one = torch.zeros(1, *images.image_shape, device=self.device)
-        engine = AutoWidth(
+        return AutoWidth(
             self.network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
             probe=probe_batches(images, settings.seed, min(PROBED, self.at_once)), loss_fn=self.loss_fn, policy=policy,
-            total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
+            total_steps=self.total_steps, effort=settings.effort, batch_size=settings.batch_size, seed=settings.seed,
             followers=[] if self.average is None else [self.average],
-            criterion=method.importance, compensate=method.reconstruct,
+            importance=method.importance, reconstruct=method.reconstruct,
             latency_inputs=one.contiguous(memory_format=self.format),
         )  # fmt: skip
-        if settings.effort is None:
-            seen, reviews = self.total_steps * settings.batch_size, len(policy.reviews(self.total_steps))
-            engine.effort = Effort.fitting(seen, reviews, groups=len(engine.channel_map.groups))
-        return engine
 
     def follow(self, report: Report, watch: Watch) -> None:
         """Trains, evaluates, reports after every epoch. Raises FloatingPointError for a loss that is not finite."""
@@ -260,7 +260,7 @@ class _Run:
             model=settings.model, data=self.images.name, part=self.part, seed=settings.seed, epochs=settings.epochs,
             accuracy=self.accuracy, loss=self.loss, macs=engine.macs, macs_start=engine.macs_start,
             params=engine.params, params_start=engine.params_start, latency_ms=engine.latency_ms,
-            latency_ms_start=engine.latency.measured if engine.latency else None, removed=history.removed_total,
+            latency_ms_start=engine.latency_ms_start, removed=history.removed_total,
             inserted=history.inserted_total, inserted_alive=history.inserted_alive,
             skipped=len(self.images.skipped), reviews=len(history),
             seconds=self.seconds, cpu_seconds=self.cpu_seconds, review_seconds=engine.review_seconds,

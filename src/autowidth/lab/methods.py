@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import macs_cost
 from autowidth.errors import AutoWidthError
 from autowidth.lab.baselines import IMPORTANCES, TRAINING_RULES
-from autowidth.lab.baselines.registry import Importance, Scope, TrainingRule
+from autowidth.lab.baselines.registry import Scope, TrainingRule
 from autowidth.lab.data import ImageSet
 from autowidth.lab.loop import Method, train
 from autowidth.lab.models import initialise
@@ -25,9 +25,11 @@ from autowidth.lab.policies import auto_of, budget_of
 from autowidth.lab.prepare import build_network, find_device
 from autowidth.lab.result import Result
 from autowidth.lab.settings import Settings
-from autowidth.policy import BudgetError, CostOfWidths, Costs, Decision, Never, Situation, uniform_share
-from autowidth.probe import Loss, probe
-from autowidth.profit import parts
+from autowidth.policy import BudgetError, Cost, Decision, Limits, Never, Situation, Start, Unit, uniform_share
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.profit import profits
+from autowidth.review.review import Importance
+from autowidth.review.statistics import probe
 from autowidth.surgery import apply_
 from autowidth.trace import trace
 
@@ -83,14 +85,20 @@ class OneShot:
     macs: float
     at: float = 0.5
     scope: Scope = "layer"
-    min_width: int = 2
-    grace: int = 0
-    joint: float = 0.0
+    limits: Limits = field(default_factory=lambda: Limits(grace=0, trial_share=0.0, offer=0.0))
 
-    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
+    @property
+    def unit(self) -> Unit:
+        return "macs"
+
+    @property
+    def aim(self) -> str:
+        return f"at once to {self.macs:.0%} of the MACs"
+
+    def check(self, start: Start) -> None:
         """Raises BudgetError for a target above the start or below what minimum widths cost."""
-        narrowest = {name: min(width, self.min_width) for name, width in widths.items()}
-        least = costs.macs.at(narrowest) / costs.macs.at(widths)
+        macs = start.costs.macs
+        least = macs.at(self.limits.narrowest(start.widths)) / macs.at(start.widths)
         if not least <= self.macs <= 1:
             raise BudgetError(f"one-shot pruning to macs={self.macs:g} is impossible: allowed are {least:.3g} to 1")
 
@@ -101,8 +109,8 @@ class OneShot:
     def decide(self, situation: Situation) -> Decision:
         """The filters to remove."""
         names = situation.costs.macs.names
-        worths = {books.name: books.worth for books in situation.books}
-        target = self.macs * situation.costs.macs.at({name: len(worth) for name, worth in worths.items()})
+        worths = {report.name: report.worth for report in situation.groups}
+        target = self.macs * situation.costs.macs.at(situation.widths)
         widths = self._by_layer if self.scope == "layer" else self._by_network
         left = widths(situation.costs.macs, worths, target)
         plan = {}
@@ -111,21 +119,21 @@ class OneShot:
             gone = order[: len(order) - left[name]]
             if gone:
                 plan[name] = IndexMap.removing(gone, len(order))
-        return Decision(plan=plan, target_macs=round(target))
+        return Decision(plan=plan, target=target)
 
-    def _by_layer(self, macs: CostOfWidths, worths: Mapping[str, Sequence[float]], target: float) -> dict[str, int]:
-        return uniform_widths(macs, {name: len(worth) for name, worth in worths.items()}, target, self.min_width)
+    def _by_layer(self, macs: Cost, worths: Mapping[str, Sequence[float]], target: float) -> dict[str, int]:
+        return uniform_widths(macs, {name: len(worth) for name, worth in worths.items()}, target, self.limits.min_width)
 
-    def _by_network(self, macs: CostOfWidths, worths: Mapping[str, Sequence[float]], target: float) -> dict[str, int]:
+    def _by_network(self, macs: Cost, worths: Mapping[str, Sequence[float]], target: float) -> dict[str, int]:
         left = {name: len(worth) for name, worth in worths.items()}
         for worth, name in sorted((w, name) for name, found in worths.items() for w in found):
             if macs.at(left) <= target or math.isinf(worth):
                 break
-            left[name] = max(left[name] - 1, min(self.min_width, left[name]))
+            left[name] = max(left[name] - 1, min(self.limits.min_width, left[name]))
         return left
 
 
-def uniform_widths(macs: CostOfWidths, widths: Mapping[str, int], target: float, min_width: int = 1) -> dict[str, int]:
+def uniform_widths(macs: Cost, widths: Mapping[str, int], target: float, min_width: int = 1) -> dict[str, int]:
     """The widths of a uniformly narrowed (or widened) network that costs as much as fits under the target."""
     factor = uniform_share(macs, widths, target)
     scaled = {name: max(round(width * factor), min_width) for name, width in widths.items()}
@@ -210,17 +218,11 @@ def automatic(task: Task) -> list[Finish]:
 
 
 def part_alone(
-    model: nn.Module,
-    channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
-    *,
-    generator: torch.Generator,
-    part: int,
+    model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss, *, generator: torch.Generator, part: int
 ) -> dict[str, Tensor]:
     """One of our two profits alone, (width,) by channel group, nats per sample: 0 next-layer, 1 own-layer."""
-    sums = probe(model, channel_map, batches, loss_fn)
-    return {name: found[:, part] for name, found in parts(sums, channel_map).items()}
+    sums = probe(model, channel_map, batches, loss).sums
+    return {name: found[:, part] for name, found in profits(sums, channel_map).items()}
 
 
 # ---- controls --------------------------------------------------------------------------------------------------------

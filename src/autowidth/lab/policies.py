@@ -1,124 +1,153 @@
-"""The policy of a run among its settings: all that the laboratory and the command know of policies by name."""
+"""The policy of a run among its settings: one table, `policy = {name = "budget", macs = 0.5}`, for every policy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, field_serializer
 
 from autowidth.errors import AutoWidthError
-from autowidth.policy import BOUNDS, Auto, Budget, Never, Policy, Price
+from autowidth.policy import POLICIES, Auto, Budget, Decision, Limits, Never, Policy, Schedule, Situation, Start, Unit
 
-TABLES: Mapping[str, type[Budget] | type[Price] | type[Auto]] = {"auto": Auto, "budget": Budget, "price": Price}
-"""The settings that are tables of a policy, of which a run has at most one."""
+DEFAULT = "auto"
+"""The policy where none is named."""
 
-TARGETS = (*BOUNDS, "nats_per_model", "nats_per_parameter")
-"""The fields of these tables that say where a run ends; all others say how it gets there."""
-
-UNITS = {"macs": "MACs", "params": "parameters", "latency": "latency", "latency_ms": "ms per image"}
-"""What a budget bounds, for people."""
+PARTS = ("schedule", "limits")
+"""The fields of a policy that say how it gets there and what reviews may do; all others say where a run ends."""
 
 
 class TargetError(AutoWidthError, ValueError):
-    """Targets that exclude each other."""
+    """Targets that exclude each other, or a policy that nobody knows."""
+
+
+def _name_of(value: Any) -> str:
+    """The name of the policy that a table, or a policy itself, stands for."""
+    if isinstance(value, Mapping):
+        return str(value.get("name", DEFAULT))
+    return next((name for name, kind in POLICIES.items() if isinstance(value, kind)), str(value))
+
+
+def _without_name(value: Any) -> Any:
+    return {key: item for key, item in value.items() if key != "name"} if isinstance(value, Mapping) else value
+
+
+if TYPE_CHECKING:
+    AnyPolicy = Any
+else:
+    _KINDS = tuple(Annotated[kind, BeforeValidator(_without_name), Tag(name)] for name, kind in POLICIES.items())
+    AnyPolicy = Annotated[Union[_KINDS], Discriminator(_name_of)]  # noqa: UP007
+    """A policy of any kind; out of a table, by its `name`."""
 
 
 class PolicySettings(BaseModel):
     """The part of the settings that decides on the widths."""
 
-    edit: bool = Field(True, description="review and resize; without it the run is plain training")
-    budget: Budget | None = Field(None, description="the policy that ends at a given cost")
-    auto: Auto | None = Field(None, description="the policy that needs no target; what there is without any")
-    price: Price | None = Field(None, description="the policy that ends where a MAC earns what it costs")
+    policy: AnyPolicy = Field(
+        default_factory=lambda: POLICIES[DEFAULT](),
+        description=f"a table: the name of a policy ({', '.join(POLICIES)}) and its fields; default {DEFAULT}",
+    )
 
-    @model_validator(mode="after")
-    def _one_policy(self) -> PolicySettings:
-        given = [name for name in ("budget", "price", "auto") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given: keep one of them")
-        return self
-
-    @property
-    def policy(self) -> Policy:
-        """What decides on the widths by these settings."""
-        return (self.budget or self.price or self.auto or Auto()) if self.edit else Never()
+    @field_serializer("policy")
+    def _as_table(self, policy: Any) -> dict[str, Any]:
+        return {"name": _name_of(policy), **asdict(policy)}
 
 
 def field_names() -> list[str]:
-    """All settings that decide on the widths, those of tables behind a dot."""
-    flat = [name for name in PolicySettings.model_fields if name not in TABLES]
-    return flat + [f"{table}.{field.name}" for table, policy in TABLES.items() for field in fields(policy)]
+    """All settings of all policies, behind a dot, those of their parts behind two."""
+    names = {"policy.name": None}
+    for kind in POLICIES.values():
+        example = kind()
+        for own in fields(kind):
+            part = getattr(example, own.name)
+            inner = [f".{f.name}" for f in fields(part)] if own.name in PARTS else [""]
+            names |= dict.fromkeys(f"policy.{own.name}{end}" for end in inner)
+    return list(names)
 
 
 # ---- from several sources --------------------------------------------------------------------------------------------
 
 
 def left_by(above: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of the settings in a table where a source that stands above it chooses the policy.
+    """What is left of the settings in a table where a source that stands above it names the policy.
 
-    The policy chosen above holds, whole: the targets of the table's policy are gone, its other fields stay and belong
-    to the policy from above. Without a policy above, all of the table is left.
+    The policy named above holds, whole: of the table's policy only the parts stay that say when reviews take place and
+    what they may do. Without a policy above, all of the table is left.
     """
-    chosen = [name for name in TABLES if above.get(name) is not None]
-    if len(chosen) != 1:  # none, or too many, which the validation will refuse
+    chosen, found = above.get("policy"), table.get("policy")
+    if not isinstance(chosen, Mapping) or "name" not in chosen or not isinstance(found, Mapping):
         return dict(table)
-    (kind,) = chosen
-    left = {name: value for name, value in table.items() if name not in TABLES and name != "edit"}
-    found = next((name for name in TABLES if isinstance(table.get(name), Mapping)), None)
-    if found is None or not isinstance(above[kind], Mapping):
-        return left
-    targets = TARGETS if found != kind or any(name in TARGETS for name in above[kind]) else ()
-    return left | {kind: {name: value for name, value in table[found].items() if name not in targets}}
+    known = {own.name for own in fields(POLICIES[chosen["name"]])} if chosen["name"] in POLICIES else set()
+    return {**table, "policy": {name: found[name] for name in PARTS if name in found and name in known}}
 
 
 def from_options(
-    bounds: Mapping[str, float | None], *, price: float | None, auto: bool, edit: bool | None
+    bounds: Mapping[str, float | None], *, price: float | None, auto: bool, edit: bool, named: str | None
 ) -> dict[str, Any]:
-    """The settings that options stand for: bounds of a budget, nats for all MACs, no target. Raises TargetError."""
+    """The settings that options stand for: a policy by name, bounds of a budget, nats for all MACs, or none at all.
+
+    Raises TargetError where they exclude each other, and for a name that is no policy.
+    """
     given = {name: value for name, value in bounds.items() if value is not None}
-    if auto and (given or price is not None):
-        raise TargetError(
-            "--auto finds the target itself: leave out --macs, --params, --latency and --price, or --auto"
-        )
-    options = {
-        "budget": given or None,
-        "price": None if price is None else {"nats_per_model": price},
-        "auto": {} if auto else None,
-        "edit": edit,
+    asked: dict[str, dict[str, Any]] = {
+        f"--policy {named}": {"name": named} if named else {},
+        "--macs, --params or --latency": {"name": "budget", **given} if given else {},
+        "--price": {} if price is None else {"name": "price", "nats_per_model": price},
+        "--auto": {"name": "auto"} if auto else {},
+        "--no-edit": {} if edit else {"name": "never"},
     }
-    return {name: value for name, value in options.items() if value is not None}
+    chosen = {option: table for option, table in asked.items() if table}
+    if named is not None and named not in POLICIES:
+        raise TargetError(f"--policy {named}: no policy has this name; allowed are {', '.join(POLICIES)}")
+    if len(chosen) > 1:
+        raise TargetError(f"{' and '.join(chosen)} each choose where the run ends: keep one of them")
+    return {"policy": next(iter(chosen.values()))} if chosen else {}
 
 
 # ---- for a run -------------------------------------------------------------------------------------------------------
 
 
-def budget_of(settings: PolicySettings, *, macs: float, **changes: Any) -> Budget:
+def budget_of(settings: PolicySettings, *, macs: float, **limits: Any) -> Budget:
     """The settings' budget, or the default one, with this share of the starting MACs as its target."""
-    return replace(settings.budget or Budget(), macs=macs, **changes)
+    budget = settings.policy if isinstance(settings.policy, Budget) else Budget()
+    return replace(
+        budget, macs=macs, params=None, latency=None, latency_ms=None, limits=replace(budget.limits, **limits)
+    )  # fmt: skip
 
 
 def auto_of(settings: PolicySettings) -> Auto:
     """The settings' policy without a target, or the default one."""
-    return settings.auto or Auto()
+    return settings.policy if isinstance(settings.policy, Auto) else Auto()
 
 
-def reviewed(settings: PolicySettings) -> bool:
-    """Whether reviews take place by these settings."""
-    return settings.edit
+def reviewed(policy: Policy) -> bool:
+    """Whether reviews take place at all."""
+    return not isinstance(policy, Never)
 
 
-def informed(policy: Policy, *, samples: int) -> Policy:
-    """The policy, with the number of samples that it trains on where it asks for that and nobody has given it."""
-    return replace(policy, samples=samples) if isinstance(policy, Auto) and policy.samples is None else policy
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watching:
+    """Reviews, and with it audits and refits, on the usual schedule, and decides nothing."""
 
+    schedule: Schedule = field(default_factory=Schedule)
+    limits: Limits = field(default_factory=Limits)
 
-def described(policy: Policy) -> str:
-    """Where a policy leads, for people."""
-    if isinstance(policy, Budget):
-        unit = UNITS[policy.what]
-        return f"to {policy.target:g} {unit}" if policy.absolute else f"to {policy.target:.0%} of the {unit}"
-    if isinstance(policy, Auto):
-        return "to the width that the data justify"
-    return f"at {policy.nats_per_model:g} nats for all MACs" if isinstance(policy, Price) else "without reviews"
+    @property
+    def unit(self) -> Unit:
+        return "macs"
+
+    @property
+    def aim(self) -> str:
+        return "watched, and resized by nobody"
+
+    def check(self, start: Start) -> None:
+        """Accepts everything."""
+
+    def reviews(self, total_steps: int) -> tuple[int, ...]:
+        """The steps of the schedule."""
+        return self.schedule.reviews(total_steps)
+
+    def decide(self, situation: Situation) -> Decision:
+        """An empty plan."""
+        return Decision(plan={})

@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeAlias
 import pydantic_settings as sources
 from pydantic import ConfigDict, Field, ValidationError
 
-from autowidth.engine import Effort
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import STREAM_ABOVE
 from autowidth.lab.policies import PolicySettings, field_names, left_by
+from autowidth.policy import POLICIES
+from autowidth.review.effort import Effort
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +26,7 @@ else:
     import tomli as tomllib
 
 PREFIX = "AUTOWIDTH_"
-"""How variables of the environment that are settings begin: AUTOWIDTH_EPOCHS, AUTOWIDTH_BUDGET__MACS."""
+"""How variables of the environment that are settings begin: AUTOWIDTH_EPOCHS, AUTOWIDTH_POLICY__MACS."""
 
 OPTIONS = "on the command line"
 """Where options stand, for people."""
@@ -47,7 +48,7 @@ class Settings(PolicySettings):
     data: str = Field("digits", description="digits, cifar10:PATH, cifar100:PATH, folder:PATH or hf:NAME")
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     effort: Effort | None = Field(
-        None, description="how much a review looks at; not given: what takes a twentieth of the run"
+        None, description="how much a review looks at; what is not given: what takes a twenty-fifth of the run"
     )
     epochs: int = Field(120, ge=1, description="passes over the training images")
     batch_size: int = Field(64, ge=1, description="images per optimizer step")
@@ -183,8 +184,10 @@ def _refusal(error: ValidationError, places: Sequence[tuple[str, Table]]) -> Set
 
 def _complaint(error: Any, places: Sequence[tuple[str, Table]]) -> str:
     """One of pydantic's errors for a person: the field, where it stands, what was wrong, what was got."""
-    name = ".".join(map(str, error["loc"])) or "policy"
-    where = _where(error["loc"], places)
+    loc = [key for n, key in enumerate(error["loc"]) if n != 1 or error["loc"][0] != "policy" or key not in POLICIES]
+    name, where = ".".join(map(str, loc)), _where(loc, places)
+    if error["type"] == "union_tag_invalid":
+        return f"setting 'policy.name'{where} is {error['ctx']['tag']!r}, allowed are {', '.join(POLICIES)}"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"no setting is named {name!r}{where}; {_nearest(name)}"
     if error["type"] == "value_error":

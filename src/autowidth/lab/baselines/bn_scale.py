@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,15 +9,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels
-from autowidth.probe import Loss
+from autowidth.review.batches import Batches, Loss
 
 
 @registry.importance(name="bn-scale", unit=None, scope="network", source="Liu et al. 2017, arXiv 1708.06519")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from autowidth.channels import Place
-from autowidth.probe import effective_weights
+from autowidth.review.statistics import effective_weights
 
 MIXING = frozenset({
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d

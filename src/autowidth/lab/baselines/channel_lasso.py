@@ -18,7 +18,8 @@ from autowidth.channels import ChannelMap, ParamAxis, Place
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty, readers
 from autowidth.lab.baselines.calls import MIXING, Call, watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 _PATCHES = 10
 """Output positions that are sampled per image: the paper's number."""
@@ -31,8 +32,8 @@ _VALUES = 2**23
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +9,16 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty
 from autowidth.lab.baselines.calls import watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 
 @registry.importance(name="hrank", unit=None, scope="layer", source="Lin et al. 2020, arXiv 2002.10179")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty
 from autowidth.lab.baselines.calls import watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 _ALPHA = 1.01
 """Order of the entropy: the paper's."""
@@ -29,8 +30,8 @@ _SAMPLES = 100
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +9,16 @@ from autowidth.channels import ChannelMap, ParamAxis
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty, readers
 from autowidth.lab.baselines.calls import watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 
 @registry.importance(name="linear-dependency", unit=None, scope="layer", source="Pan et al. 2021, ICASSP, page 1720")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

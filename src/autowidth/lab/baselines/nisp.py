@@ -17,7 +17,8 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels, empty
 from autowidth.lab.baselines.calls import MIXING, Call, watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 _MIX = 0.5
 """Share of dissimilarity against that of spread in an edge of Inf-FS: the default of its authors' code."""
@@ -30,8 +31,8 @@ _DAMPING = 0.99
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from autowidth.audit import named_tensors
 from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
-from autowidth.probe import Loss
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.state import named_tensors
 
 _VALUES = 2**25
 """Gradients that are held at once, as numbers: bounds the memory, not the result."""
@@ -23,8 +22,8 @@ _VALUES = 2**25
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -43,7 +42,7 @@ def importance(
         step = max(1, _VALUES // sum(w.numel() for w in weights.values()))
         for start in range(0, len(inputs), step):
             part = slice(start, start + step)
-            for name, g in sample_gradients(model, weights, inputs[part], target[part], loss_fn).items():
+            for name, g in sample_gradients(model, weights, inputs[part], target[part], loss).items():
                 squares[name] += g.square().sum(0)
     saliencies = {name: w.square() * squares[name] / (2 * total) for name, w in weights.items()}
     anything = {**named_tensors(model), **saliencies}
@@ -51,14 +50,15 @@ def importance(
 
 
 def sample_gradients(
-    model: nn.Module, weights: dict[str, Tensor], inputs: Tensor, target: Tensor, loss_fn: Loss
+    model: nn.Module, weights: dict[str, Tensor], inputs: Tensor, target: Tensor, loss: Loss
 ) -> dict[str, Tensor]:
     """The gradient of each sample's loss, (N, ...) for every weight in `weights`, by name."""
     rest = named_tensors(model)
     fixed = {name: tensor.detach() for name, tensor in rest.items() if name not in weights}
 
-    def loss(live: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(functional_call(model, {**fixed, **live}, (x[None],)), y[None])
+    def of_sample(live: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with_weights = partial(functional_call, model, {**fixed, **live})
+        return loss(with_weights, (x[None], y[None]))  # type: ignore[arg-type]
 
-    gradients: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(weights, inputs, target)
+    gradients: dict[str, Tensor] = vmap(grad(of_sample), in_dims=(None, 0, 0))(weights, inputs, target)
     return gradients

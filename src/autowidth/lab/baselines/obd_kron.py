@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +11,16 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels, empty
 from autowidth.lab.baselines.calls import Call, watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 
 @registry.importance(name="obd-kron", unit="nats", scope="network", source="Wang et al. 2019, arXiv 1905.05934")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -39,8 +38,8 @@ def importance(
     with torch.enable_grad():
         for inputs, target in batches:
             image = inputs.detach().clone().requires_grad_()
-            loss, calls = watched(model, lambda x=image, y=target: loss_fn(model(x), y))  # type: ignore[misc]
-            found = torch.autograd.grad(loss, [call.out for call in calls], allow_unused=True)
+            value, calls = watched(model, lambda x=image, y=target: loss(model, (x, y)))  # type: ignore[misc]
+            found = torch.autograd.grad(value, [call.out for call in calls], allow_unused=True)
             for call, gradient in zip(calls, found, strict=True):
                 if gradient is not None:
                     squares = _Squares.of(call, gradient * len(inputs))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
-from autowidth.probe import Loss
+from autowidth.review.batches import Batches, Loss
 
 
 @registry.importance(name="random", unit=None, scope="layer", source="chance")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:

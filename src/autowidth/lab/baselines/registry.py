@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol
 
 from torch import nn
 
 from autowidth.channels import ChannelMap
-from autowidth.engine import Criterion
-
-Importance: TypeAlias = Criterion
-"""Ranks filters: group name -> (width,) tensor, larger = keep, NaN where it says nothing."""
+from autowidth.review.review import Importance
 
 Scope = Literal["layer", "network"]
 """What filters are ranked against: those of their channel group, or all filters of the network."""

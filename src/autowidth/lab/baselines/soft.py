@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autowidth.channels import ChannelGroup, ChannelMap, Role
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import sum_over_writers
-from autowidth.probe import effective_weights
+from autowidth.review.statistics import effective_weights
 
 
 def at_once(progress: float) -> float:

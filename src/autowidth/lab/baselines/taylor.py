@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import channels, empty, filters
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 
 @registry.importance(name="taylor", unit=None, scope="network", source="Molchanov et al. 2019, arXiv 1906.10771")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -37,8 +35,8 @@ def importance(
     with torch.enable_grad():
         for inputs, target in batches:
             live = effective_weights(model)
-            loss = loss_fn(model(inputs.detach().clone().requires_grad_()), target)
-            found = torch.autograd.grad(loss, [live[name] for name in names], allow_unused=True)
+            value = loss(model, (inputs.detach().clone().requires_grad_(), target))
+            found = torch.autograd.grad(value, [live[name] for name in names], allow_unused=True)
             products = {n: g * live[n] for n, g in zip(names, found, strict=True) if g is not None}
             for group, place in writers:
                 if place.axis.name in products:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +11,16 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import registry
 from autowidth.lab.baselines.axes import empty
 from autowidth.lab.baselines.calls import watched
-from autowidth.probe import Loss, effective_weights
+from autowidth.review.batches import Batches, Loss
+from autowidth.review.statistics import effective_weights
 
 
 @registry.importance(name="taylor-gate", unit="nats", scope="network", source="Molchanov et al. 2019, arXiv 1906.10771")
 def importance(
     model: nn.Module,
     channel_map: ChannelMap,
-    batches: Sequence[tuple[Any, Any]],
-    loss_fn: Loss,
+    batches: Batches,
+    loss: Loss,
     *,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -35,17 +35,17 @@ def importance(
     importances = {group.name: empty(group, weights) for group in channel_map.groups}
     total = sum(len(inputs) for inputs, _ in batches)
     for inputs, target in batches:
-        for name, change in gates(model, channel_map, inputs, target, loss_fn).items():
+        for name, change in gates(model, channel_map, inputs, target, loss).items():
             importances[name] += change.abs().sum(0) / total
     return importances
 
 
-def gates(model: nn.Module, channel_map: ChannelMap, inputs: Tensor, target: Any, loss_fn: Loss) -> dict[str, Tensor]:
+def gates(model: nn.Module, channel_map: ChannelMap, inputs: Tensor, target: Any, loss: Loss) -> dict[str, Tensor]:
     """The derivative of each sample's loss by the gate of each channel, (N, width) by channel group."""
     image, samples = inputs.detach().clone().requires_grad_(), len(inputs)
     with torch.enable_grad():
-        loss, calls = watched(model, lambda: loss_fn(model(image), target))
-        found = torch.autograd.grad(loss, [call.source for call in calls], allow_unused=True)
+        value, calls = watched(model, lambda: loss(model, (image, target)))
+        found = torch.autograd.grad(value, [call.source for call in calls], allow_unused=True)
     changes = {group.name: torch.zeros(samples, group.width, device=image.device) for group in channel_map.groups}
     for call, gradient in zip(calls, found, strict=True):
         if gradient is None:

@@ -93,6 +93,11 @@ class Batches:
             yield batch, self.split.labels[placed[start:stop]]
 
     @property
+    def dataset(self) -> Split:
+        """What is read: the images and labels, as many as there are samples."""
+        return self.split
+
+    @property
     def epoch(self) -> int:
         """The epoch that the next batch belongs to."""
         return self._epoch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autowidth.channels import IndexMap
+from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
 from autowidth.lab.models import build
-from autowidth.policy import Costs, Decision, Situation
+from autowidth.policy import Decision, Limits, Situation, Start, Unit
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What pixels (0 to 1) were normalised by when the published weights were trained."""
@@ -27,7 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTHS = (16, 32, 64)
 
 
-class PublishedError(ValueError):
+class PublishedError(AutoWidthError, ValueError):
     """A file that does not hold the weights of a published CIFAR ResNet."""
 
 
@@ -99,14 +100,21 @@ class ToShape:
     """Removes the filters of least worth down to these widths, by channel group, after the first step; then nothing."""
 
     widths: Mapping[str, int]
-    grace: int = 0
-    joint: float = 0.0
+    limits: Limits = field(default_factory=lambda: Limits(grace=0, trial_share=0.0, offer=0.0))
 
-    def check(self, costs: Costs, widths: Mapping[str, int]) -> None:
+    @property
+    def unit(self) -> Unit:
+        return "macs"
+
+    @property
+    def aim(self) -> str:
+        return "to a given shape"
+
+    def check(self, start: Start) -> None:
         """Raises ValueError for a group that is not there, or a width above the start."""
         for name, width in self.widths.items():
-            if name not in widths or not 1 <= width <= widths[name]:
-                raise ValueError(f"width {width} of {name}: allowed are 1 to {widths.get(name, 0)}")
+            if name not in start.widths or not 1 <= width <= start.widths[name]:
+                raise ValueError(f"width {width} of {name}: allowed are 1 to {start.widths.get(name, 0)}")
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """The first step."""
@@ -115,8 +123,8 @@ class ToShape:
     def decide(self, situation: Situation) -> Decision:
         """The removals that lead to the shape."""
         plan = {}
-        for group in situation.books:
-            gone = group.judged[: len(group.worth) - self.widths[group.name]]
+        for report in situation.groups:
+            gone = report.judged[: report.width - self.widths[report.name]]
             if gone:
-                plan[group.name] = IndexMap.removing(gone, len(group.worth))
+                plan[report.name] = IndexMap.removing(gone, report.width)
         return Decision(plan=plan)

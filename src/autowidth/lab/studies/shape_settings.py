@@ -12,9 +12,9 @@ import torch
 from autowidth.cost import macs_cost
 from autowidth.lab.methods import uniform_widths
 from autowidth.lab.models import resolve
+from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.studies.widths import Shape, Space
 from autowidth.lab.suites.compare import RECIPES
-from autowidth.lab.train import Settings, settings_from
 from autowidth.trace import trace
 
 
@@ -40,7 +40,7 @@ class Setting:
 def _recipe(name: str) -> dict[str, Any]:
     """The settings of a recipe of the comparison, without those of its policy."""
     recipe = RECIPES[name]
-    return {"epochs": recipe.epochs, **{key: value for key, value in recipe.train.items() if key != "budget"}}
+    return {"epochs": recipe.epochs, **{key: value for key, value in recipe.train.items() if key != "policy"}}
 
 
 BRIEF: Mapping[str, Any] = {
@@ -92,4 +92,4 @@ def training_of(name: str, data: str, seed: int, epochs: int | None = None) -> S
     """The settings of a training, measured on held-out images."""
     setting = SETTINGS[name]
     given = {"model": setting.model, "data": data, "seed": seed, "threads": 1, "looks": 1}
-    return settings_from({**given, **setting.train, **setting.choice, **({"epochs": epochs} if epochs else {})})
+    return settings_of({**given, **setting.train, **setting.choice, **({"epochs": epochs} if epochs else {})})

@@ -33,14 +33,16 @@ import numpy as np
 import torch
 
 from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless
+from autowidth.lab.loop import EVALUATED, Method, evaluate
 from autowidth.lab.methods import Task, fresh_network
+from autowidth.lab.prepare import load_images
+from autowidth.lab.result import Result
 from autowidth.lab.studies.published import ToShape, as_published, published_resnet
 from autowidth.lab.studies.shape_settings import SETTINGS, is_ours, space_of, training_of, uniform_shape
 from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import Surrogate, proposals
 from autowidth.lab.studies.widths import Shape, Space, log_widths, random_direction, structured
-from autowidth.lab.train import EVALUATED, Method, Result, evaluate, load_images
-from autowidth.policy import Budget, Never
+from autowidth.policy import Budget, Limits, Never
 
 ROUND = 15
 """Shapes that the model proposes at a time."""
@@ -270,7 +272,7 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
     if SETTINGS[name].published:
         task = replace(task, images=as_published(task.images))
         network = published_resnet(Path(settings["weights"].partition(":")[2]))
-        policy = ToShape(widths=widths) if widths else Budget(macs=task.macs, offer=0.0)
+        policy = ToShape(widths=widths) if widths else Budget(macs=task.macs, limits=Limits(offer=0.0))
         result = task.trained(method=Method(policy=policy), network=network)
     else:
         result = task.trained(method=Method(policy=Never()), network=fresh_network(task, lambda _: widths))

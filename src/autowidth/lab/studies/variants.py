@@ -16,15 +16,17 @@ import logging
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless
 from autowidth.lab.methods import METHODS, Finish, Task, dense_macs, ours
+from autowidth.lab.prepare import load_images
+from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.compare import RECIPES
-from autowidth.lab.train import Settings, load_images, settings_from
+from autowidth.policy import POLICIES, Limits, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ class Variant:
     """One row: a method of the comparison, and settings that are other than the recipe's.
 
     label: unique within a decision; predicted: what was expected of it, empty for a control; settings: as in a
-    configuration file of `autowidth train`, tables nested; macs: the target, as a share of the dense MACs; start: the
-    factor on the widths at the start.
+    configuration file of `autowidth train`, the options of a policy without their tables under its name (`budget` or
+    `auto`); macs: the target, as a share of the dense MACs; start: the factor on the widths at the start.
     """
 
     label: str
@@ -68,6 +70,9 @@ def _gentle(variant: Variant) -> Variant:
     )
 
 
+PARTS: Mapping[str, type[Any]] = {"schedule": Schedule, "limits": Limits}
+"""The tables of a policy that hold the options of its parts."""
+
 UNIFORM = Variant(label="uniform width, from scratch", method="uniform")
 DENSE = Variant(label="dense", method="dense")
 
@@ -76,9 +81,9 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
         _gentle(variant)
         for variant in (
             UNIFORM,
-            _budget("bare worth per MAC", "late layers are stripped", joint=0.0),
-            _budget("prior g = 2", "2 points better than bare worth", joint=0.0, diminishing=2.0),
-            _budget("prior g = 4", "a stronger prior hurts", joint=0.0, diminishing=4.0),
+            _budget("bare worth per MAC", "late layers are stripped", trial_share=0.0),
+            _budget("prior g = 2", "2 points better than bare worth", trial_share=0.0, diminishing=2.0),
+            _budget("prior g = 4", "a stronger prior hurts", trial_share=0.0, diminishing=4.0),
         )
     ),
     "004": (
@@ -108,12 +113,12 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
         _budget("reviews from 6 to 50 %", end=0.5, multiple=1, offer=0.0),
         Variant(
             label="from 6 to 50 %, own-layer part alone, no trials of slices", predicted="interactions do not matter",
-            method="autowidth-own", settings={"budget": {"end": 0.5, "multiple": 1, "offer": 0.0, "joint": 0.0}},
+            method="autowidth-own", settings={"budget": {"end": 0.5, "multiple": 1, "offer": 0.0, "trial_share": 0.0}},
         ),
         Variant(
             label="from 6 to 50 %, next-layer part alone, prior g = 2, 12 reviews", method="autowidth-next",
             settings={
-                "budget": {"end": 0.5, "multiple": 1, "offer": 0.0, "joint": 0.0, "diminishing": 2.0, "count": 12}
+                "budget": {"end": 0.5, "multiple": 1, "offer": 0.0, "trial_share": 0.0, "diminishing": 2.0, "count": 12}
             },
         ),
         _budget("from 6 to 50 %, 5 % offered to newborns", "does no harm", end=0.5, multiple=1),
@@ -204,8 +209,8 @@ def unit_of(decision: str, variant: Variant, data: str, seed: int, epochs: int |
         "data": data, "label": variant.label, "predicted": variant.predicted, "method": variant.method,
         "model": variant.model, "macs": variant.macs, "start": variant.start, "seed": seed, "training": training,
     }  # fmt: skip
-    told = [variant.label, variant.method, variant.macs, training | {"seed": 0}]
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    decisive = [variant.label, variant.method, variant.macs, training | {"seed": 0}]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     command = (
         f"python -m autowidth.lab.studies.variants {decision} --data {nameless(data)} --rows '{variant.label}' "
         f"--seeds {seed}"
@@ -228,9 +233,20 @@ def training_of(variant: Variant, data: str, seed: int, epochs: int | None = Non
         "data": data, "model": variant.model, "width": variant.start, "seed": seed, "threads": 1, "looks": 1,
         "epochs": epochs or recipe.epochs, **recipe.train, **choice,
     }  # fmt: skip
-    budget = given.pop("budget", {})
-    tables = {"budget": {**budget, **variant.settings.get("budget", {})}} if "auto" not in variant.settings else {}
-    return settings_from({**given, **variant.settings, **tables})
+    own = {name: value for name, value in variant.settings.items() if name not in POLICIES}
+    return settings_of({**given, **own, "policy": _policy(variant, recipe.train.get("policy", {}))})
+
+
+def _policy(variant: Variant, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy of a row as a table: that of the recipe with the row's options, or another one with its own."""
+    name = next((name for name in variant.settings if name in POLICIES), "budget")
+    table: dict[str, Any] = {"name": name, "schedule": {}, "limits": {}}
+    if usual.get("name") == name:
+        table["limits"] = dict(usual.get("limits", {}))
+    for option, value in variant.settings.get(name, {}).items():
+        part = next((p for p, kind in PARTS.items() if option in {f.name for f in fields(kind)}), None)
+        (table if part is None else table[part])[option] = value
+    return table
 
 
 def measure(settings: Mapping[str, Any]) -> Outcome:

@@ -14,11 +14,13 @@ from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, namele
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
 from autowidth.lab.plots import accuracy_plot
-from autowidth.lab.policies import TABLES
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.registry import suite
 from autowidth.lab.tables import markdown
+
+OF_OURS = ("policy", "effort")
+"""Settings that only our methods heed."""
 
 CHOICES = 5000
 """Further training images on which choices are made, where test images must not be looked at."""
@@ -60,7 +62,10 @@ RECIPES: Mapping[str, Recipe] = {
         methods=EVERY,
         epochs=16,
         limit=20_000,
-        train={"batch_size": 128, "pool": 2, "channels_last": True, "lr": 0.6, "budget": {"multiple": 4}},
+        train={
+            "batch_size": 128, "pool": 2, "channels_last": True, "lr": 0.6,
+            "policy": {"name": "budget", "limits": {"multiple": 4}},
+        },
     ),
     "cifar10": Recipe(
         data=None,
@@ -141,7 +146,7 @@ def _unit(
     elif limit:
         given["limit"] = limit
     dumped = settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
-    of_ours = {key: dumped.pop(key) for key in (*TABLES, "effort")}
+    of_ours = {key: dumped.pop(key) for key in OF_OURS}
     settings: dict[str, Any] = {
         "data": data, "model": model, "seed": seed, "method": method, "macs": macs, "start": start, "training": dumped,
     }  # fmt: skip
@@ -157,7 +162,7 @@ def _unit(
 
 def measure(settings: Mapping[str, Any]) -> Outcome:
     """Runs one method on one model from one seed: the work of one unit. A record for the run, and for its control."""
-    named = {key: settings[key] for key in ("data", "model", "seed", *TABLES, "effort") if key in settings}
+    named = {key: settings[key] for key in ("data", "model", "seed", *OF_OURS) if key in settings}
     training = Settings.model_validate({**settings["training"], **named, "width": settings["start"]})
     task = Task(settings=training, macs=settings["macs"], images=load_images(training))
     finishes = METHODS[settings["method"]](task)
@@ -185,7 +190,7 @@ def _reviews(finish: Finish) -> list[dict[str, Any]]:
     """What each review of a run decided, for those who want to look behind the record."""
     return [
         {
-            "step": event.step, "loss": event.loss, "measured": event.measured, "announced": event.announced,
+            "step": event.step, "loss": event.loss, "measured": event.measured, "predicted": event.predicted,
             "price": event.price, "macs": event.macs, "widths": list(event.widths.values()),
             "spearman": event.fidelity.spearman if event.fidelity else None, "coefficients": list(event.coefficients),
             "notes": list(event.notes), "seconds": event.seconds,

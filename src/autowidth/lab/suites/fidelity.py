@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,23 +16,28 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from autowidth.audit import Fold, ablate, named_tensors
 from autowidth.channels import ChannelMap
-from autowidth.engine import AutoWidth, Effort, quiet, settled_norms
+from autowidth.engine import AutoWidth
 from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
 from autowidth.lab.loop import Method, probe_batches, train
 from autowidth.lab.models import spec
 from autowidth.lab.plots import fidelity_plot
+from autowidth.lab.policies import Watching
 from autowidth.lab.prepare import find_device, load_images
 from autowidth.lab.result import Result
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.registry import suite
 from autowidth.lab.tables import markdown
-from autowidth.policy import Budget, Decision, Situation
-from autowidth.probe import effective_weights, probe
-from autowidth.profit import combined, folded, parts, peers
+from autowidth.review.batches import Batches as AnyBatches
+from autowidth.review.batches import of_pairs
+from autowidth.review.effort import FULL_AUDIT, FULL_PROBE, Effort
+from autowidth.review.profit import combined, profits
+from autowidth.review.reconstruct import Reconstruction
+from autowidth.review.state import precise_norms, quiet
+from autowidth.review.statistics import probe
+from autowidth.review.trial import Subject
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -47,6 +51,8 @@ OURS = ("autowidth", "autowidth-next", "autowidth-own")
 TRUTHS = ("removed", "compensated")
 """What a measure is compared with: the loss change when a filter is taken from its readers, and the same when these are
 reconstructed from its co-channels, as they are when the engine removes filters. The names are those of the records."""
+
+LOSS = of_pairs(F.cross_entropy)
 
 LEAST = 6
 """Sampled filters that a channel group needs before their ranks within it are compared."""
@@ -164,13 +170,8 @@ def measure_fidelity(settings: Mapping[str, Any]) -> Outcome:
 # ---- its effects: training, measures, ablation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watching(Budget):
-    """Reviews, and with it audits and refits, whenever the budget would, and decides nothing."""
-
-    def decide(self, situation: Situation) -> Decision:
-        """An empty plan."""
-        return Decision(plan={})
+WHOLE = Effort(probe_samples=FULL_PROBE, audit_samples=FULL_AUDIT, audit_filters=12)
+"""What a review looks at here, however short the run is, where the settings name no effort."""
 
 
 def watched_run(
@@ -179,7 +180,7 @@ def watched_run(
     """Trains by all of these settings but those of the policy: reviews take place, and resize nothing.
 
     After each of the `shares` of the steps, `look` is called with the share and the engine, of which it must leave the
-    network as it was. Where the settings name no effort, reviews have the default one, however short the run is.
+    network as it was.
     """
 
     def watch(engine: AutoWidth) -> None:
@@ -187,7 +188,7 @@ def watched_run(
             if engine.steps == max(1, round(share * engine.total_steps)):
                 look(share, engine)
 
-    looked = settings.model_copy(update={"effort": settings.effort or Effort()})
+    looked = settings.model_copy(update={"effort": settings.effort or WHOLE})
     return train(looked, images=images, watch=watch, method=Method(policy=Watching()))
 
 
@@ -250,22 +251,22 @@ def look_at(
     network, channel_map = engine.model, engine.channel_map
     picks = stratified(channel_map.widths, filters, rng)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    with quiet(network) as trained, settled_norms(network, scoring, among=trained):
+    with quiet(network) as trained, precise_norms(network, scoring, LOSS, among=trained):
         began = time.perf_counter()
-        worths, fold = _ours(network, channel_map, scoring, engine.calibration.coefficients)
+        worths, known = _ours(network, channel_map, scoring, engine.calibration.coefficients)
         seconds = dict.fromkeys(OURS, time.perf_counter() - began)
         for name, published in IMPORTANCES.items():
             began = time.perf_counter()
-            worths[name] = published.importance(network, channel_map, scoring, F.cross_entropy, generator=generator)
+            worths[name] = published.importance(network, channel_map, scoring, LOSS, generator=generator)
             seconds[name] = time.perf_counter() - began
         measured = {
-            truth: [ablate(network, channel_map, picks, b, F.cross_entropy, folded=how) for b in blocks]
-            for truth, how in zip(TRUTHS, (None, fold), strict=True)
+            truth: np.array([_ablated(network, channel_map, block, how, picks) for block in blocks])
+            for truth, how in zip(TRUTHS, ({}, known), strict=True)
         }
     return Look(
         group=tuple(name for name, _ in picks),
         channel=tuple(channel for _, channel in picks),
-        blocks={truth: np.array([[a.change for a in block] for block in found]) for truth, found in measured.items()},
+        blocks=measured,
         predictions={key: np.array([float(w[name][c]) for name, c in picks]) for key, w in worths.items()},
         units={**dict.fromkeys(OURS, "nats"), **{name: published.unit for name, published in IMPORTANCES.items()}},
         seconds=seconds,
@@ -275,21 +276,30 @@ def look_at(
 
 
 def _ours(
-    network: nn.Module,
-    channel_map: ChannelMap,
-    scoring: Sequence[tuple[Tensor, Tensor]],
-    coefficients: Sequence[float],
-) -> tuple[dict[str, Mapping[str, Tensor]], Fold]:
-    """The worths by `OURS` and channel group, from one probe, and the reconstruction of readers, from the same."""
-    sums = probe(network, channel_map, scoring, F.cross_entropy)
-    known = peers(sums, channel_map, effective_weights(network))
-    features = parts(sums, channel_map)
+    network: nn.Module, channel_map: ChannelMap, scoring: AnyBatches, coefficients: Sequence[float]
+) -> tuple[dict[str, Mapping[str, Tensor]], Reconstruction]:
+    """The worths by `OURS` and channel group, and the reconstruction of readers, from one probe."""
+    found = probe(network, channel_map, scoring, LOSS)
+    features = profits(found.sums, channel_map)
     weighed = {"autowidth": tuple(coefficients), "autowidth-next": (1.0, 0.0), "autowidth-own": (0.0, 1.0)}
     worths: dict[str, Mapping[str, Tensor]] = {
         key: {name: combined(f.cpu(), torch.tensor(weights, dtype=torch.float32)) for name, f in features.items()}
         for key, weights in weighed.items()
     }
-    return worths, partial(folded, channel_map=channel_map, known=known, weights=named_tensors(network))
+    return worths, found.known
+
+
+def _ablated(
+    network: nn.Module, channel_map: ChannelMap, block: AnyBatches, known: Reconstruction,
+    picks: Sequence[tuple[str, int]],
+) -> list[float]:  # fmt: skip
+    """The loss change on a block of images, nats per sample, of taking each of these filters away by itself."""
+    subject = Subject(
+        model=network, channel_map=channel_map, loss=LOSS, scoring=block, held_out=block, trained=frozenset(),
+        known=known,
+    )  # fmt: skip
+    whole = subject.loss_without({})
+    return [subject.loss_without({name: [channel]}) - whole for name, channel in picks]
 
 
 def stratified(widths: Mapping[str, int], count: int, rng: np.random.Generator) -> list[tuple[str, int]]:

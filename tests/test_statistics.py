@@ -18,17 +18,25 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import cached
 
-from autowidth.audit import standing_in
 from autowidth.channels import ChannelMap, ParamAxis
-from autowidth.engine import quiet
-from autowidth.probe import ProbeError, moments, probe
-from autowidth.profit import Sums, fold, folded, peers
+from autowidth.review.batches import Batches, Loss, ProbeError, of_pairs
+from autowidth.review.profit import Sums
+from autowidth.review.reconstruct import Moments, co_channel_positions, readers_without, reconstruction
+from autowidth.review.state import quiet, swapped
+from autowidth.review.statistics import Statistics, probe, read_gates, read_moments
 from autowidth.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 CLASSES = 3
 SAMPLES = 6
+CE = of_pairs(F.cross_entropy)
+
+
+def summed(model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss = CE) -> Sums:
+    """The sums of one probe."""
+    return probe(model, channel_map, batches, loss).sums
+
 
 # ---------------------------------------------------------------------------------------------- nets, one hazard each
 
@@ -342,11 +350,14 @@ def assert_same_sums(one: Sums, other: Sums) -> None:
         assert a.keys() == b.keys()
         for name in a:  # what is left is compared with what there was
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3 * float(whole[name].abs().max()) + 1e-9)
-    assert one.readers.keys() == other.readers.keys()
-    for axis, reader in one.readers.items():
-        twin = other.readers[axis]
-        assert (reader.inputs, reader.absorber) == (twin.inputs, twin.absorber)
-        for a, b in ((reader.gram, twin.gram), (reader.total, twin.total)):
+
+
+def assert_same_moments(one: dict[ParamAxis, Moments], other: dict[ParamAxis, Moments]) -> None:
+    assert one.keys() == other.keys()
+    for axis, moments in one.items():
+        twin = other[axis]
+        assert (moments.inputs, moments.offset) == (twin.inputs, twin.offset)
+        for a, b in ((moments.gram, twin.gram), (moments.total, twin.total)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(float(b.abs().max()), 1e-6))
 
 
@@ -357,14 +368,14 @@ def assert_same_sums(one: Sums, other: Sums) -> None:
 def test_t_equals_one_backward_per_sample(build: Callable[[], nn.Module]) -> None:
     model, channel_map = made(build)
     assert channel_map.groups
-    assert_same_t(probe(model, channel_map, [batch()], F.cross_entropy), by_hooks(model, channel_map, *batch()))
+    assert_same_t(summed(model, channel_map, [batch()]), by_hooks(model, channel_map, *batch()))
 
 
 @every_kind
 def test_t_equals_weight_times_gradient_of_the_weight(build: Callable[[], nn.Module]) -> None:
     model, channel_map = made(build)
     assert channel_map.groups
-    sums = probe(model, channel_map, [batch()], F.cross_entropy)
+    sums = summed(model, channel_map, [batch()])
     assert_same_t(sums, by_weights(model, channel_map, *batch()))
 
 
@@ -372,21 +383,20 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
-def by_fading(model: nn.Module, channel_map: ChannelMap, sums: Sums, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """t (n, width) by group: minus the slope of each sample's loss on the way to the network that peers have mended.
+def by_fading(model: nn.Module, channel_map: ChannelMap, found: Statistics, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """t (n, width) by group: minus the slope of each sample's loss on the way to the network without a channel.
 
-    The readers' tensors go straight from what they are to what `folded` makes of them; central differences.
+    The readers' tensors go straight from what they are to what reconstruction makes of them; central differences.
     """
     now = tensors_of(model)
-    known = peers(sums, channel_map, now)
     rows: dict[str, list[Tensor]] = {group.name: [] for group in channel_map.groups}
     for group in channel_map.groups:
         for channel in range(group.width):
-            there = folded({group.name: [channel]}, channel_map, known, now)
+            there = readers_without({group.name: [channel]}, channel_map, found.known, now)
             losses = []
             for step in (1e-6, -1e-6):  # short of every kink
                 way = {name: now[name].detach() + step * (goal - now[name].detach()) for name, goal in there.items()}
-                with standing_in(model, way), torch.no_grad():
+                with swapped(model, way), torch.no_grad():
                     losses.append(F.cross_entropy(model(x), y, reduction="none"))
             rows[group.name].append((losses[1] - losses[0]) / 2e-6)
     return {name: torch.stack(columns, 1) for name, columns in rows.items()}
@@ -414,25 +424,26 @@ UNTOUCHED = {name: make for name, make in (NETS | CALLS).items() if name != "wei
 
 
 @pytest.mark.parametrize("name", [*UNTOUCHED, "dense norm"])
-def test_what_peers_leave_is_the_slope_towards_the_mended_network(name: str) -> None:
-    """With the bias or the running mean that takes over the constant part."""
+def test_what_co_channels_leave_is_the_slope_towards_the_network_without_the_channel(name: str) -> None:
+    """With the bias or the running mean that takes the constant part."""
     build = DenseNorm if name == "dense norm" else UNTOUCHED[name]
     model, channel_map = made(build)
     x, y = batch(24)
-    sums = probe(model, channel_map, [(x[:10], y[:10]), (x[10:], y[10:])], F.cross_entropy)
-    for group, t in by_fading(model, channel_map, sums, x, y).items():
-        scale = float((sums.second[group].max() / sums.samples).sqrt())  # what peers replace is no measure
+    found = probe(model, channel_map, [(x[:10], y[:10]), (x[10:], y[10:])], CE)
+    sums = found.sums
+    for group, t in by_fading(model, channel_map, found, x, y).items():
+        scale = float((sums.second[group].max() / sums.samples).sqrt())  # what others replace is no measure
         torch.testing.assert_close(sums.rest_first[group].double(), t.sum(0), rtol=1e-3, atol=1e-4 * scale)
         torch.testing.assert_close(sums.rest_second[group].double(), t.square().sum(0), rtol=1e-3, atol=1e-4 * scale**2)
 
 
-def test_what_can_take_over_a_constant() -> None:
+def test_what_can_take_a_constant() -> None:
     """A bias, or the running mean of the norm behind one weight alone; nothing behind a sum, nothing shared."""
     found = {}
     for build in (DenseNorm, Chain, Shared, Transposed, Functional):
         model, channel_map = made(build)
-        readers = moments(model, channel_map, [batch()]).readers
-        found |= {f"{build.__name__}.{axis.name}": reader.absorber for axis, reader in readers.items()}
+        moments = read_moments(model, channel_map, [batch()], CE)
+        found |= {f"{build.__name__}.{axis.name}": sums.offset for axis, sums in moments.items()}
     assert found == {
         "DenseNorm.one.weight": "norm.running_mean", "DenseNorm.two.weight": None, "DenseNorm.left.weight": None,
         "DenseNorm.right.weight": None, "DenseNorm.head.weight": "head.bias", "Chain.second.weight": "second.bias",
@@ -444,29 +455,32 @@ def test_what_can_take_over_a_constant() -> None:
 
 def test_behind_a_parametrization_nobody_stands_in() -> None:
     model, channel_map = made(NETS["weight norm"])
-    sums = probe(model, channel_map, [batch()], F.cross_entropy)
+    sums = summed(model, channel_map, [batch()])
     assert sums.first.keys() == {"first", "second"}
     for name, first in sums.first.items():
         torch.testing.assert_close(sums.rest_first[name], first)
         torch.testing.assert_close(sums.rest_second[name], sums.second[name])
 
 
-def test_a_probe_that_knows_the_peers_makes_one_pass() -> None:
+def test_a_probe_makes_two_passes_and_without_reconstruction_one() -> None:
     model, channel_map = made(Chain)
-    whole = probe(model, channel_map, [batch()], F.cross_entropy)
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
-    again = probe(model, channel_map, [batch()], F.cross_entropy, known=peers(whole, channel_map, tensors_of(model)))
+    whole = probe(model, channel_map, [batch()], CE)
+    assert len(calls) == 2
+    bare = probe(model, channel_map, [batch()], CE, reconstruct=False)
     handle.remove()
-    assert len(calls) == 1
-    assert not again.readers
-    again.add(moments(model, channel_map, [batch()]))
-    assert_same_sums(again, whole)
+    assert len(calls) == 3
+    assert whole.known and not bare.known
+    for name, first in bare.sums.first.items():
+        assert torch.equal(first, whole.sums.first[name])
+        assert torch.equal(first, bare.sums.rest_first[name])
+    assert whole.loss == pytest.approx(float(F.cross_entropy(model(batch()[0]), batch()[1]).detach()))
 
 
 def test_a_single_sample_is_a_probe() -> None:
     model, channel_map = made(Chain)
-    sums = probe(model, channel_map, [batch(1)], F.cross_entropy)
+    sums = summed(model, channel_map, [batch(1)])
     assert sums.samples == 1
     assert_same_t(sums, by_hooks(model, channel_map, *batch(1)))
     for name, first in sums.first.items():
@@ -476,7 +490,7 @@ def test_a_single_sample_is_a_probe() -> None:
 def test_the_loss_is_the_sum_over_samples() -> None:
     model, channel_map = made(Chain)
     x, y = batch()
-    sums = probe(model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])], F.cross_entropy)
+    sums = summed(model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])])
     assert sums.samples == SAMPLES
     assert sums.loss == pytest.approx(float(F.cross_entropy(model(x), y, reduction="sum").detach()))
 
@@ -498,7 +512,7 @@ def test_moments_of_what_a_reader_reads(name: str) -> None:
         model(x[i : i + 1])
     handle.remove()
     rows = torch.cat(read)
-    reader = probe(model, channel_map, [(x, y)], F.cross_entropy).readers[ParamAxis(name, 1)]
+    reader = read_moments(model, channel_map, [(x, y)], CE)[ParamAxis(name, 1)]
     assert reader.inputs == len(rows)
     torch.testing.assert_close(reader.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(reader.total.double(), rows.sum(0), rtol=1e-4, atol=1e-5)
@@ -506,25 +520,27 @@ def test_moments_of_what_a_reader_reads(name: str) -> None:
 
 def test_a_weight_that_is_used_twice_sums_the_moments_of_both_calls() -> None:
     model, channel_map = made(Twice)
-    reader = probe(model, channel_map, [batch()], F.cross_entropy).readers[ParamAxis("body.weight", 1)]
+    reader = read_moments(model, channel_map, [batch()], CE)[ParamAxis("body.weight", 1)]
     assert reader.inputs == 2 * SAMPLES
     stem = F.relu(model.stem(images(SAMPLES).mean((2, 3))))
     rows = torch.cat([stem, torch.tanh(model.body(stem))]).detach()
     torch.testing.assert_close(reader.gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-6)
 
 
-def test_the_order_of_peers_is_that_of_the_fold() -> None:
+def test_the_order_of_co_channels_is_that_of_their_positions() -> None:
     model, channel_map = made(Chain)
-    reader = probe(model, channel_map, [batch()], F.cross_entropy).readers[ParamAxis("head.weight", 1)]
+    reader = read_moments(model, channel_map, [batch()], CE)[ParamAxis("head.weight", 1)]
     source = F.relu(model.second(F.relu(model.norm(model.first(images(SAMPLES)))))).flatten(1)
-    for peer, positions in enumerate(fold(channel_map, ParamAxis("head.weight", 1))):
-        assert float(reader.total[peer]) == pytest.approx(float(source[:, list(positions)].sum().detach()), rel=1e-4)
+    for co_channel, positions in enumerate(co_channel_positions(channel_map, ParamAxis("head.weight", 1))):
+        assert float(reader.total[co_channel]) == pytest.approx(
+            float(source[:, list(positions)].sum().detach()), rel=1e-4
+        )
 
 
 def test_what_evaluation_mode_does_not_use_is_worth_nothing() -> None:
     """A head for training only takes no part in the loss: its channels have t = 0, and nothing is refused."""
     model, channel_map = made(Mute)
-    sums = probe(model, channel_map, [batch()], F.cross_entropy)
+    sums = summed(model, channel_map, [batch()])
     assert "extra" in sums.first
     assert not sums.first["extra"].any()
     assert not sums.second["extra"].any()
@@ -538,27 +554,33 @@ def test_what_evaluation_mode_does_not_use_is_worth_nothing() -> None:
 def test_one_batch_of_eight_equals_two_of_four(build: Callable[[], nn.Module]) -> None:
     model, channel_map = made(build)
     x, y = batch(8)
-    whole = probe(model, channel_map, [(x, y)], F.cross_entropy)
-    parts = probe(model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])], F.cross_entropy)
+    whole = summed(model, channel_map, [(x, y)])
+    parts = summed(model, channel_map, [(x[:4], y[:4]), (x[4:], y[4:])])
     assert_same_sums(parts, whole)
 
 
 @settings(max_examples=10)
 @given(cuts=st.sets(st.integers(1, 7)), order=st.randoms(use_true_random=False))
 def test_any_split_and_any_order_add_up(cuts: set[int], order: random.Random) -> None:
-    """N ranks equal one: each rank's sums may be added in any order, moments first, then what compensation leaves."""
+    """N ranks equal one: each rank's sums may be added in any order, moments first, then what reconstruction leaves."""
     model, channel_map = made(Chain)
     x, y = batch(8)
     ranks = [[(x[a:b], y[a:b])] for a, b in pairwise([0, *sorted(cuts), 8])]
     order.shuffle(ranks)
+    moments: dict[ParamAxis, Moments] = {}
+    for batches in ranks:
+        for axis, more in read_moments(model, channel_map, batches, CE).items():
+            if axis in moments:
+                moments[axis].add(more)
+            else:
+                moments[axis] = more
+    assert_same_moments(moments, read_moments(model, channel_map, [(x, y)], CE))
+    known = reconstruction(moments, channel_map, dict(model.named_parameters()))
+    order.shuffle(ranks)
     total = Sums()
     for batches in ranks:
-        total.add(moments(model, channel_map, batches))
-    known = peers(total, channel_map, dict(model.named_parameters()))
-    order.shuffle(ranks)
-    for batches in ranks:
-        total.add(probe(model, channel_map, batches, F.cross_entropy, known=known))
-    assert_same_sums(total, probe(model, channel_map, [(x, y)], F.cross_entropy))
+        total.add(read_gates(model, channel_map, batches, CE, known))
+    assert_same_sums(total, summed(model, channel_map, [(x, y)]))
 
 
 # ------------------------------------------------------------------------------------------ the model stays as it was
@@ -599,7 +621,7 @@ def test_the_probe_in_quiet_touches_nothing() -> None:
     modes = [module.training for module in model.modules()]
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
     with quiet(model):
-        probe(model, channel_map, drawing(2), F.cross_entropy)
+        summed(model, channel_map, list(drawing(2)))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, content[name]), name
     for name, parameter in model.named_parameters():
@@ -640,9 +662,9 @@ def test_no_hook_and_no_mode_stays_behind(fails: bool) -> None:
     twin = copy.deepcopy(model)
     if fails:
         with pytest.raises(FloatingPointError):
-            probe(model, channel_map, [batch()], not_a_number)
+            probe(model, channel_map, [batch()], of_pairs(not_a_number))
     else:
-        probe(model, channel_map, [batch()], F.cross_entropy)
+        summed(model, channel_map, [batch()])
     for module in model.modules():
         assert not [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
     assert not any(parameter._backward_hooks for parameter in model.parameters())
@@ -662,9 +684,9 @@ def test_no_hook_and_no_mode_stays_behind(fails: bool) -> None:
 def test_autocast_and_no_grad_around_the_probe_change_nothing() -> None:
     model, channel_map = made(Chain, torch.float32)
     x, y = images(SAMPLES).float(), labels(SAMPLES)
-    plain = probe(model, channel_map, [(x, y)], F.cross_entropy)
+    plain = summed(model, channel_map, [(x, y)])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = probe(model, channel_map, [(x, y)], F.cross_entropy)
+        inside = summed(model, channel_map, [(x, y)])
     for name, first in plain.first.items():
         assert torch.equal(inside.first[name], first)
 
@@ -672,15 +694,19 @@ def test_autocast_and_no_grad_around_the_probe_change_nothing() -> None:
 def test_a_bfloat16_model_is_summed_in_float32() -> None:
     model, channel_map = made(Chain, torch.float32)
     x, y = images(64).float(), labels(64)
-    exact = probe(model, channel_map, [(x, y)], F.cross_entropy)
-    coarse = probe(model.bfloat16(), channel_map, [(x.bfloat16(), y)], F.cross_entropy)
+    exact = summed(model, channel_map, [(x, y)])
+    coarse = summed(model.bfloat16(), channel_map, [(x.bfloat16(), y)])
     for name, first in exact.first.items():
         assert coarse.first[name].dtype == coarse.rest_second[name].dtype == torch.float32
         # Eight bits of mantissa: half a percent a rounding, a handful of roundings on the way.
         assert float((coarse.first[name] - first).norm() / first.norm()) < 0.05
-    for axis, reader in coarse.readers.items():
-        assert reader.gram.dtype == reader.total.dtype == torch.float32
-        assert float((reader.gram - exact.readers[axis].gram).norm() / exact.readers[axis].gram.norm()) < 0.05
+    moments, rounded = (
+        read_moments(net, channel_map, [(images_, y)], CE)
+        for net, images_ in ((model.float(), x), (copy.deepcopy(model).bfloat16(), x.bfloat16()))
+    )
+    for axis, sums in rounded.items():
+        assert sums.gram.dtype == sums.total.dtype == torch.float32
+        assert float((sums.gram - moments[axis].gram).norm() / moments[axis].gram.norm()) < 0.05
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -689,13 +715,13 @@ def test_a_bfloat16_model_is_summed_in_float32() -> None:
 def test_a_loss_that_is_not_finite_raises() -> None:
     model, channel_map = made(Chain)
     with pytest.raises(FloatingPointError, match="probe loss is nan"):
-        probe(model, channel_map, [batch()], not_a_number)
+        probe(model, channel_map, [batch()], of_pairs(not_a_number))
 
 
 def test_an_empty_probe_raises() -> None:
     model, channel_map = made(Chain)
     with pytest.raises(ProbeError, match="no data"):
-        probe(model, channel_map, [], F.cross_entropy)
+        summed(model, channel_map, [])
 
 
 class Product(nn.Module):
@@ -718,4 +744,71 @@ def test_a_reader_that_cannot_be_watched_is_refused_not_taken_for_worthless(how:
     model, channel_map = made(lambda: Product(how))
     assert weight in {place.axis.name for group in channel_map.groups for place in group.with_role("read")}
     with pytest.raises(ProbeError, match=f"cannot see what is read through {weight}"):
-        probe(model, channel_map, [batch()], F.cross_entropy)
+        summed(model, channel_map, [batch()])
+
+
+# ------------------------------------------------------------------------------------- whatever the user's loader gives
+
+
+class Dual(nn.Module):
+    """Two inputs, one of them integers that index a table, the other bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.stem = nn.Embedding(7, 4), nn.Conv2d(2, 4, 3, padding=1)
+        self.body, self.head = nn.Conv2d(4, 5, 3, padding=1), nn.Linear(5, CLASSES)
+
+    def forward(self, pixels: Tensor, kind: Tensor) -> Tensor:
+        x = F.relu(self.stem(pixels.to(self.stem.weight.dtype) / 255)) + self.table(kind)[:, :, None, None]
+        return self.head(F.relu(self.body(x)).mean((2, 3)))
+
+
+def dual_batch(count: int) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(4)
+    pixels = torch.randint(256, (count, 2, 4, 4), generator=source, dtype=torch.uint8)
+    return {"pixels": pixels, "kind": torch.arange(count) % 7, "label": labels(count)}
+
+
+def dual_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["pixels"], batch["kind"]), batch["label"])
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "stem", "everything"])
+def test_dicts_of_bytes_and_integers_are_batches_and_frozen_layers_are_read(frozen: str) -> None:
+    """t is what one backward per sample says, whatever the batch is and whoever trains."""
+    torch.manual_seed(3)
+    model = Dual().double().eval()
+    example = {key: value for key, value in dual_batch(2).items() if key != "label"}
+    channel_map = trace(model, example)
+    assert {group.name for group in channel_map.groups} >= {"body"}
+    batch_ = dual_batch(8)
+    reference = probe(model, channel_map, [batch_], dual_loss).sums
+    if frozen != "nothing":
+        (model.stem if frozen == "stem" else model).requires_grad_(False)
+    parts = [{key: value[a:b] for key, value in batch_.items()} for a, b in ((0, 5), (5, 7), (7, 8))]
+    found = probe(model, channel_map, parts, dual_loss)
+    assert_same_sums(found.sums, reference)
+    rows = []
+    for i in range(8):
+        source = (
+            F.relu(
+                model.body(
+                    F.relu(model.stem(batch_["pixels"][i : i + 1].double() / 255))
+                    + model.table(batch_["kind"][i : i + 1])[:, :, None, None]
+                )
+            )
+            .mean((2, 3))
+            .detach()
+        )
+        source.requires_grad_()
+        loss = F.cross_entropy(model.head(source), batch_["label"][i : i + 1])
+        rows.append((source * torch.autograd.grad(loss, source)[0]).detach()[0])
+    torch.testing.assert_close(found.sums.first["body"].double(), torch.stack(rows).sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_writes_into_its_inputs_leaves_the_batch_alone() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.Flatten())
+    x, y = torch.randn(6, 2, 4, 4), labels(6)
+    before = x.clone()
+    probe(model.eval(), trace(model, torch.zeros(2, 2, 4, 4)), [(x, y)], CE)
+    assert torch.equal(x, before)

@@ -15,14 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from autowidth.audit import Calibration, ablate, agreement, mean_loss, refit, sample, standing_in
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.engine import resize_
+from autowidth.review.batches import Loss, mean_loss, of_pairs
+from autowidth.review.calibrate import Calibration, agreement, refit, sample
+from autowidth.review.reconstruct import Removed
+from autowidth.review.state import swapped
+from autowidth.review.trial import Norms, Subject
 from autowidth.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 Batches = list[tuple[Tensor, Tensor]]
+CE = of_pairs(F.cross_entropy)
 
 # ---------------------------------------------------------------------------------------------- nets, one hazard each
 
@@ -123,6 +128,14 @@ def everyone(channel_map: ChannelMap) -> list[tuple[str, int]]:
     return [(group.name, channel) for group in channel_map.groups for channel in range(group.width)]
 
 
+def on_trial(model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss = CE) -> Subject:
+    """The model on trial, nobody standing in for anybody, all its modules in training."""
+    return Subject(
+        model=model, channel_map=channel_map, loss=loss, scoring=batches, held_out=batches,
+        trained=frozenset(model.modules()), known={},
+    )  # fmt: skip
+
+
 def bits(model: nn.Module) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
@@ -131,24 +144,26 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 @every_net
-def test_ablation_is_physical_removal(build: Callable[[], nn.Module]) -> None:
+def test_a_trial_is_physical_removal(build: Callable[[], nn.Module]) -> None:
     model, channel_map, batches = made(build)
-    whole = mean_loss(model, batches, F.cross_entropy)
-    found = ablate(model, channel_map, everyone(channel_map), batches, F.cross_entropy)
-    assert [(a.group, a.channel) for a in found] == everyone(channel_map)
-    for ablation in found:
+    whole = mean_loss(model, batches, CE)
+    subject = on_trial(model, channel_map, batches)
+    assert subject.loss_without({}) == whole
+    changes = []
+    for name, channel in everyone(channel_map):
         smaller = copy.deepcopy(model)
-        width = channel_map.group(ablation.group).width
-        plan = {ablation.group: IndexMap.removing([ablation.channel], width)}
+        plan = {name: IndexMap.removing([channel], channel_map.group(name).width)}
         resize_(smaller, plan, example_inputs=batches[0][0])
         assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
-        removed = mean_loss(smaller, batches, F.cross_entropy) - whole
-        assert ablation.change == pytest.approx(removed, abs=1e-12)
-    assert max(abs(a.change) for a in found) > 1e-3
+        found = subject.loss_without({name: [channel]})
+        assert found == pytest.approx(mean_loss(smaller, batches, CE), abs=1e-12)
+        changes.append(abs(found - whole))
+    assert max(changes) > 1e-3
 
 
 @every_net
-def test_ablation_puts_every_bit_back(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("norms", ["kept", "batch", "precise"])
+def test_a_trial_puts_every_bit_back(build: Callable[[], nn.Module], norms: Norms) -> None:
     model, channel_map, batches = made(build)
     with torch.no_grad():  # a sum and a difference would lose the sign of a zero
         next(model.parameters()).view(-1)[0] = -0.0
@@ -157,16 +172,19 @@ def test_ablation_puts_every_bit_back(build: Callable[[], nn.Module]) -> None:
                 model.state_dict()[place.axis.name].view(-1)[0] = -0.0
     before = bits(model)
     pointers = [p.data_ptr() for p in model.parameters()]
-    ablate(model, channel_map, everyone(channel_map), batches, F.cross_entropy)
+    for name, channel in everyone(channel_map):
+        on_trial(model, channel_map, batches).loss_without({name: [channel]}, norms=norms)
     assert bits(model) == before
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 3, 5])
-def test_ablation_puts_every_bit_back_when_the_loss_function_raises(calls: int) -> None:
-    model, channel_map, batches = made(Concat)
+@pytest.mark.parametrize("norms", ["kept", "batch", "precise"])
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_a_trial_puts_every_bit_back_when_the_loss_raises(calls: int, norms: Norms) -> None:
+    model, channel_map, batches = made(Flat)
     before, left = bits(model), calls
+    modes = [module.training for module in model.modules()]
 
     def failing(prediction: Tensor, target: Tensor) -> Tensor:
         nonlocal left
@@ -175,29 +193,74 @@ def test_ablation_puts_every_bit_back_when_the_loss_function_raises(calls: int) 
         left -= 1
         return F.cross_entropy(prediction, target)
 
+    subject = on_trial(model, channel_map, batches, of_pairs(failing))
+
+    def several() -> None:
+        for _ in range(calls + 1):
+            subject.loss_without({"first": [0]}, norms=norms)
+
     with pytest.raises(ArithmeticError, match="no loss today"):
-        ablate(model, channel_map, everyone(channel_map), batches, failing)
+        several()
     assert bits(model) == before
+    assert [module.training for module in model.modules()] == modes
 
 
-def test_no_picks_are_no_ablations() -> None:
+def by_hand(model: nn.Module, removed: Removed, batches: Batches, norms: Norms) -> float:
+    """The loss of the net `Flat` without these channels of its first layer, norms done by hand."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.second.weight[:, list(removed["first"])] = 0
+        scores = []
+        read = [twin.first(x) for x, _ in batches]
+        for r in read:
+            if norms == "batch":
+                mean, var = r.mean((0, 2, 3)), r.var((0, 2, 3), correction=0)
+            else:
+                mean = torch.stack([o.mean((0, 2, 3)) for o in read]).mean(0)
+                var = torch.stack([o.var((0, 2, 3)) for o in read]).mean(0)
+            normed = (r - mean[:, None, None]) / (var[:, None, None] + twin.norm.eps).sqrt()
+            normed = normed * twin.norm.weight[:, None, None] + twin.norm.bias[:, None, None]
+            scores.append(twin.head(F.relu(twin.second(F.relu(normed))).flatten(1)))
+        losses = [F.cross_entropy(s, y, reduction="sum") for s, (_, y) in zip(scores, batches, strict=True)]
+    return float(sum(losses)) / sum(len(y) for _, y in batches)
+
+
+@pytest.mark.parametrize("norms", ["batch", "precise"])
+def test_norms_of_a_trial_are_those_of_the_batch_or_plain_averages(norms: Norms) -> None:
     model, channel_map, batches = made(Flat)
-    assert ablate(model, channel_map, [], batches, F.cross_entropy) == []
+    removed = {"first": [0, 2]}
+    found = on_trial(model, channel_map, batches).loss_without(removed, norms=norms)
+    assert found == pytest.approx(by_hand(model, removed, batches, norms), rel=1e-9)
+    assert found != pytest.approx(on_trial(model, channel_map, batches).loss_without(removed), rel=1e-3)
+
+
+@pytest.mark.parametrize("lengths", [[6, 1], [1, 1, 1]])
+def test_a_held_out_rest_of_one_sample_is_survived_by_norms_over_the_batch(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x, y = torch.randn(sum(lengths), 2, 2, 2), torch.arange(sum(lengths)) % 3
+    channel_map = trace(model, torch.zeros(2, 2, 2, 2))
+    batches = list(zip(x.split(lengths), y.split(lengths), strict=True))
+    found = on_trial(model, channel_map, batches).loss_without({"1": [0]}, norms="batch")
+    assert math.isfinite(found)
+    usable = [pair for pair in batches if len(pair[1]) > 1]
+    if usable:
+        assert found == on_trial(model, channel_map, usable).loss_without({"1": [0]}, norms="batch")
 
 
 def test_mean_loss_is_over_samples_whatever_the_batches() -> None:
     model, _, batches = made(Flat)
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
     expected = float(F.cross_entropy(model(x), y).detach())
-    assert mean_loss(model, batches, F.cross_entropy) == pytest.approx(expected, rel=1e-12)
+    assert mean_loss(model, batches, CE) == pytest.approx(expected, rel=1e-12)
     singles = [(x[i : i + 1], y[i : i + 1]) for i in range(7)]
-    assert mean_loss(model, singles, F.cross_entropy) == pytest.approx(expected)
+    assert mean_loss(model, singles, CE) == pytest.approx(expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
 
 
-def books(widths: list[int], seed: int) -> dict[str, np.ndarray]:
+def worths_of(widths: list[int], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {f"g{i}": rng.lognormal(size=width) for i, width in enumerate(widths)}
 
@@ -205,7 +268,7 @@ def books(widths: list[int], seed: int) -> dict[str, np.ndarray]:
 @settings(max_examples=60)
 @given(widths=st.lists(st.integers(1, 9), min_size=1, max_size=5), count=st.integers(0, 60), seed=st.integers(0, 99))
 def test_a_sample_holds_no_filter_twice_and_the_count(widths: list[int], count: int, seed: int) -> None:
-    worths = books(widths, seed)
+    worths = worths_of(widths, seed)
     picks = sample(worths, count, np.random.default_rng(seed))
     assert len(picks) == len(set(picks)) == min(count, sum(widths))
     assert all(0 <= channel < len(worths[name]) for name, channel in picks)
@@ -214,7 +277,7 @@ def test_a_sample_holds_no_filter_twice_and_the_count(widths: list[int], count: 
 @settings(max_examples=40)
 @given(widths=st.lists(st.integers(2, 9), min_size=2, max_size=5), parts=st.integers(1, 10), seed=st.integers(0, 99))
 def test_a_sample_takes_one_filter_of_every_stretch_of_the_ranking(widths: list[int], parts: int, seed: int) -> None:
-    worths = books(widths, seed)
+    worths = worths_of(widths, seed)
     ranking = np.sort(np.concatenate(list(worths.values())))
     parts = min(parts, len(ranking))
     picks = sample(worths, parts, np.random.default_rng(seed))
@@ -224,7 +287,7 @@ def test_a_sample_takes_one_filter_of_every_stretch_of_the_ranking(widths: list[
 
 
 def test_samples_follow_the_generator_alone() -> None:
-    worths = books([20, 30], 1)
+    worths = worths_of([20, 30], 1)
     picks = [sample(worths, 10, np.random.default_rng(seed)) for seed in (3, 3, 4)]
     assert picks[0] == picks[1] != picks[2]
 
@@ -316,7 +379,7 @@ def test_audits_in_which_nothing_happened_are_survived() -> None:
     assert found.coefficients == pytest.approx(Calibration().coefficients, abs=1e-6)
 
 
-def test_before_any_audit_what_peers_cannot_replace_is_the_worth() -> None:
+def test_before_any_audit_what_co_channels_cannot_replace_is_the_worth() -> None:
     assert Calibration().coefficients == (0.0, 1.0)
 
 
@@ -370,15 +433,12 @@ def test_agreement_leaves_out_what_is_not_finite() -> None:
     assert slope == pytest.approx(2)
 
 
-def test_values_that_stand_in_go_back_or_stay_unless_what_follows_fails() -> None:
+def test_swapped_tensors_go_back_also_where_what_follows_fails() -> None:
     model = nn.Linear(2, 2)
     old, new = model.weight.detach().clone(), torch.zeros(2, 2)
-    with standing_in(model, {"weight": new}):
+    with swapped(model, {"weight": new}):
         assert torch.equal(model.weight, new)
     assert torch.equal(model.weight, old)
-    with pytest.raises(ZeroDivisionError), standing_in(model, {"weight": new}, stay=True):
+    with pytest.raises(ZeroDivisionError), swapped(model, {"weight": new}):
         raise ZeroDivisionError
     assert torch.equal(model.weight, old)
-    with standing_in(model, {"weight": new}, stay=True):
-        pass
-    assert torch.equal(model.weight, new)

@@ -1,0 +1,386 @@
+"""One review: look, judge, decide, try, commit.
+
+The life of a review:
+
+    quiet:                                     # evaluation mode, no autocast; modes and random state put back
+        look    scoring, held_out = probe data in two parts: one to score filters, one held out for trials
+        judge   precise norm statistics, on the scoring part: in training running ones lag behind the weights
+                statistics = probe(scoring)    # the profits of every filter, and the reconstruction
+                audit: a few filters, taken away for real on the held-out part, refit how the profits are combined
+                worths = the profits, combined as the audits so far have taught
+        decide  the weaker half of every group leaves together, on trial, where the policy asks
+                decision = policy.decide(worths, trials, costs, loss)
+        try     the whole plan, on trial; a decision that costs too much is shrunk to its weaker half
+        commit  all or nothing: what co-channels take over is written into the readers; surgery on model, optimizers
+                and followers; precise norm statistics of the new network; the event, appended to the history
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from autowidth.channels import ChannelMap, ResizePlan
+from autowidth.cost import macs_cost, params_cost
+from autowidth.history import Event, Fidelity, History
+from autowidth.latency import LatencyMeter
+from autowidth.policy import Costs, Decision, GroupReport, Policy, Situation, shrunk
+from autowidth.review.batches import Batches, Loss, count, mean_loss, samples_of, take
+from autowidth.review.calibrate import Array, Calibration, agreement, refit, sample
+from autowidth.review.effort import FittedEffort
+from autowidth.review.profit import combined, profits
+from autowidth.review.reconstruct import Reconstruction, readers_without, reconstruction
+from autowidth.review.state import deferred_interrupts, named_tensors, precise_norms, precise_statistics, quiet
+from autowidth.review.statistics import effective_weights, probe, read_moments
+from autowidth.review.trial import Subject
+from autowidth.surgery import Journal, all_or_nothing, holders, operate
+
+AUDITS = 3
+"""Audits that count for how far worths are trusted: a single one, of a few filters, is mostly noise."""
+
+
+class Importance(Protocol):
+    """A rule that ranks filters: group name -> (width,) tensor, larger = keep, NaN where it says nothing.
+
+    Called in evaluation mode with precise norm statistics. `batches` are as the loader gives them, `loss(model, batch)`
+    is a mean over samples. It changes neither the model nor its gradients.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        channel_map: ChannelMap,
+        batches: Batches,
+        loss: Loss,
+        *,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a review found: worths, the reconstruction, how well the last audits had been predicted, losses (nats).
+
+    loss: on the scoring part; baseline: on the held-out part, None where there is none.
+    """
+
+    worths: Mapping[str, Array]
+    known: Reconstruction
+    loss: float
+    fidelity: Fidelity | None
+    baseline: float | None
+    calibration: Calibration
+
+
+@dataclass(kw_only=True)
+class Reviewer:
+    """A network, all that is edited with it, and all that reviews have learnt.
+
+    ages: for each channel of each group the number of the review that inserted it, None for those of the start.
+    """
+
+    model: nn.Module
+    channel_map: ChannelMap
+    optimizers: tuple[Optimizer, ...]
+    followers: tuple[nn.Module, ...]
+    policy: Policy
+    probe: Iterable[Any]
+    loss: Loss
+    effort: FittedEffort
+    importance: Importance | None
+    reconstruct: bool
+    latency: LatencyMeter | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.history = History(self.channel_map.widths)
+        self.calibration = Calibration()
+        self.samples = samples_of(self.probe)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.rng = np.random.default_rng(self.seed)
+        self.ages: dict[str, list[int | None]] = {group.name: [None] * group.width for group in self.channel_map.groups}
+
+    def review(self, step: int, total_steps: int) -> Event:
+        """One review. A failure at any point, Ctrl-C included, leaves everything as it was and is raised again.
+
+        Gradients are dropped where shapes change.
+        """
+        clock = _Clock()
+        with (
+            deferred_interrupts() as check,
+            quiet(self.model) as trained,
+            all_or_nothing(self.generator) as journal,
+        ):
+            self._remember_draws(journal)
+            scoring, held_out = self.look()
+            subject = Subject(
+                model=self.model, channel_map=self.channel_map, loss=_checked(self.loss, check), scoring=scoring,
+                held_out=held_out, trained=trained, known={},
+            )  # fmt: skip
+            with precise_norms(self.model, scoring, subject.loss, among=trained):
+                judgement = self._judge(subject, clock)
+            subject = replace(subject, known=judgement.known)
+            situation = self._situation(step, total_steps, judgement, subject)
+            clock.lap("audit")
+            decision = self.policy.decide(situation)
+            clock.lap("decide")
+            decision, measured = self._try(decision, situation, judgement, subject)
+            clock.lap("audit")
+            event = self._commit(journal, decision, situation, judgement, subject, measured, clock)
+        if decision.plan and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code holds the old shapes, and gives up silently after eight recompiles
+        if decision.missed is not None:
+            warnings.warn(decision.missed, stacklevel=4)
+        return event
+
+    def costs(self) -> Costs:
+        """What the model costs as a function of its widths; milliseconds are timed now."""
+        names = (name for name, _ in self.model.named_parameters())
+        return Costs(
+            macs=macs_cost(self.channel_map),
+            params=params_cost(self.channel_map, names),
+            ms=None if self.latency is None else self.latency.cost(self.channel_map),
+        )
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass of one sample, now."""
+        return round(macs_cost(self.channel_map).at(self.channel_map.widths))
+
+    @property
+    def params(self) -> int:
+        """The number of parameters now."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _remember_draws(self, journal: Journal) -> None:
+        """What is drawn for audits is drawn again where the review fails."""
+        state = self.rng.bit_generator.state
+        journal.call(lambda: None, lambda: setattr(self.rng.bit_generator, "state", state))
+
+    # ---- look
+
+    def look(self) -> tuple[Batches, Batches]:
+        """Probe data for this review: one part to score filters, the next, held out, for trials."""
+        stream = iter(self.probe)
+        scoring = take(stream, self.effort.probe_samples)
+        return scoring, take(stream, self.effort.audit_samples)
+
+    # ---- judge
+
+    def _judge(self, subject: Subject, clock: _Clock) -> Judgement:
+        """What every filter is worth: by our profits, which learn from an audit, or by the importance that is given."""
+        if self.importance is not None:
+            return self._judge_by(self.importance, subject, clock)
+        found = probe(self.model, self.channel_map, subject.scoring, subject.loss, reconstruct=self.reconstruct)
+        features = profits(found.sums, self.channel_map)
+        clock.lap("probe")
+        baseline = subject.loss_without({}) if subject.held_out else None
+        fidelity, calibration = self._audit(features, replace(subject, known=found.known), baseline)
+        clock.lap("audit")
+        return Judgement(
+            worths=_worths(features, calibration), known=found.known, loss=found.loss, fidelity=fidelity,
+            baseline=baseline, calibration=calibration,
+        )  # fmt: skip
+
+    def _judge_by(self, importance: Importance, subject: Subject, clock: _Clock) -> Judgement:
+        """What every filter is worth by an importance that is not ours; infinite where it says nothing. No audit."""
+        known: Reconstruction = {}
+        scoring, loss = subject.scoring, subject.loss
+        if self.reconstruct:
+            moments = read_moments(self.model, self.channel_map, scoring, loss)
+            known = reconstruction(moments, self.channel_map, effective_weights(self.model))
+        scores = importance(self.model, self.channel_map, scoring, loss, generator=self.generator)
+        worths = {name: np.nan_to_num(w.detach().cpu().double().numpy(), nan=np.inf) for name, w in scores.items()}
+        level = mean_loss(self.model, scoring, loss)
+        clock.lap("probe")
+        baseline = subject.loss_without({}) if subject.held_out else None
+        clock.lap("audit")
+        return Judgement(
+            worths=worths, known=known, loss=level, fidelity=None, baseline=baseline, calibration=self.calibration
+        )
+
+    def _audit(
+        self, features: Mapping[str, Tensor], subject: Subject, baseline: float | None
+    ) -> tuple[Fidelity | None, Calibration]:
+        """Ablates a few filters. Returns how well the worths had predicted that, and what is learnt from it."""
+        worths = _worths(features, self.calibration)
+        picks = [] if baseline is None else sample(worths, self.effort.audit_filters, self.rng)
+        if baseline is None or not picks:
+            return None, self.calibration
+        changes = np.array([subject.loss_without({name: [channel]}) - baseline for name, channel in picks])
+        rows = np.array([features[name][channel].tolist() for name, channel in picks])
+        spearman, slope = agreement(rows @ self.calibration.vector(), changes)
+        fidelity = Fidelity(spearman=spearman, slope=slope, count=len(picks))
+        return fidelity, refit(self.calibration, rows, changes)
+
+    # ---- decide
+
+    def _situation(self, step: int, total_steps: int, judgement: Judgement, subject: Subject) -> Situation:
+        """What the policy decides on."""
+        start = self.history.widths_start
+        reports = tuple(
+            GroupReport(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
+            for name, worth in judgement.worths.items()
+        )
+        tried = self.policy.limits.trial_share and subject.held_out
+        return Situation(
+            step=step,
+            total_steps=total_steps,
+            groups=self._with_trials(reports, subject) if tried else reports,
+            costs=self.costs(),
+            loss=_mean_of_both(judgement, subject),
+            agreement=self._agreement(judgement.fidelity),
+            samples=self.samples,
+        )
+
+    def _with_trials(self, reports: tuple[GroupReport, ...], subject: Subject) -> tuple[GroupReport, ...]:
+        """The reports with what the weakest filters of every group cost together, measured on the held-out part."""
+        before = subject.loss_without({}, norms="batch")
+        found = []
+        for report in reports:
+            weakest = report.judged[: round(self.policy.limits.trial_share * len(report.judged))]
+            if weakest and np.isfinite([report.worth[c] for c in report.judged]).all():
+                rise = subject.loss_without({report.name: weakest}, norms="batch") - before
+                report = replace(report, together=(len(weakest), rise))
+            found.append(report)
+        return tuple(found)
+
+    def _agreement(self, latest: Fidelity | None) -> float | None:
+        """How well the worths ranked the filters of the last audits, mean of Spearman's rank correlations."""
+        audited = [*[event.fidelity for event in self.history][1 - AUDITS :], latest]
+        known = [found.spearman for found in audited if found and found.spearman is not None]
+        return sum(known) / len(known) if known else None
+
+    def _in_grace(self, group: str) -> tuple[bool, ...]:
+        """For each channel of a group whether it is too young to be judged."""
+        now, grace = len(self.history), self.policy.limits.grace
+        return tuple(born is not None and now - born < grace for born in self.ages[group])
+
+    # ---- try
+
+    def _try(
+        self, decision: Decision, situation: Situation, judgement: Judgement, subject: Subject
+    ) -> tuple[Decision, float | None]:
+        """The decision and its measured loss change; a shrunk one where that exceeds what the policy allows."""
+        measured = _change_by(decision.plan, judgement, subject)
+        if not decision.plan or measured is None or measured <= decision.max_rise:
+            return decision, measured
+        lesser = shrunk(decision, situation.groups)
+        cost = f"{measured:.3g} nats, more than the {decision.max_rise:.3g} allowed"
+        note = f"the plan would have cost {cost}: half of it was made"
+        return replace(lesser, notes=(*lesser.notes, note)), _change_by(lesser.plan, judgement, subject)
+
+    # ---- commit
+
+    def _commit(
+        self, journal: Journal, decision: Decision, situation: Situation, judgement: Judgement, subject: Subject,
+        measured: float | None, clock: _Clock,
+    ) -> Event:  # fmt: skip
+        """Makes the decision and records it; both, or neither."""
+        before = (self.macs, self.params)
+        self._assign(journal, "calibration", judgement.calibration)
+        if decision.plan:
+            self._resize(journal, decision.plan, judgement.known)
+            statistics = precise_statistics(self.model, subject.scoring, subject.loss, among=subject.trained)
+            for buffer, content in statistics:  # the statistics of the old network say nothing about the new one
+                journal.write_(buffer, content)
+        clock.lap("surgery")
+        missed = () if decision.missed is None else (decision.missed,)
+        event = Event(
+            step=situation.step, total_steps=situation.total_steps, loss=judgement.loss, predicted=decision.predicted,
+            measured=measured, price=decision.price, target=decision.target, unit=decision.unit,
+            macs_before=before[0], macs=self.macs, params_before=before[1], params=self.params,
+            widths=self.channel_map.widths, maps=dict(decision.plan),
+            worths={name: _span(worth) for name, worth in judgement.worths.items() if np.isfinite(worth).all()},
+            fidelity=judgement.fidelity, coefficients=judgement.calibration.coefficients, seconds=clock.seconds,
+            notes=(*decision.notes, *missed),
+        )  # fmt: skip
+        journal.call(lambda: self.history.append(event), lambda: self.history.retract(event))
+        return event
+
+    def _resize(self, journal: Journal, plan: ResizePlan, known: Reconstruction) -> None:
+        """Surgery on everything that holds the model's shapes; co-channels first take over what is removed."""
+        removed = _removed(plan)
+        for module in (self.model, *(f.module if isinstance(f, AveragedModel) else f for f in self.followers)):
+            tensors = named_tensors(module)
+            for name, content in readers_without(removed, self.channel_map, known, tensors).items():
+                journal.write_(tensors[name], content)
+        touched = {axis.name for name in plan for axis in self.channel_map.group(name).axes}
+        resized = operate(
+            journal, self.model, self.channel_map, plan, optimizers=holders(self.optimizers, self.model, touched),
+            followers=self.followers, generator=self.generator,
+        )  # fmt: skip
+        now = len(self.history)
+        ages = {
+            name: [now if s < 0 else self.ages[name][s] for s in index_map.source] for name, index_map in plan.items()
+        }
+        self._assign(journal, "channel_map", resized)
+        self._assign(journal, "ages", self.ages | ages)
+
+    def _assign(self, journal: Journal, name: str, value: object) -> None:
+        """Sets one of our attributes, to be taken back where the review fails."""
+        before = getattr(self, name)
+        journal.call(lambda: setattr(self, name, value), lambda: setattr(self, name, before))
+
+
+class _Clock:
+    """Wall time per part; parts of the same name add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _checked(loss: Loss, check: Callable[[], None]) -> Loss:
+    """The loss, which gives way to an interrupt before it is asked."""
+
+    def checked(model: nn.Module, batch: Any) -> Tensor:
+        check()
+        return loss(model, batch)
+
+    return checked
+
+
+def _worths(features: Mapping[str, Tensor], calibration: Calibration) -> dict[str, Array]:
+    """The worth (width,) of every filter, nats per sample, by channel group."""
+    coefficients = torch.tensor(calibration.coefficients, dtype=torch.float32)
+    return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
+
+
+def _mean_of_both(judgement: Judgement, subject: Subject) -> float:
+    """The loss on the scoring and the held-out part together, nats per sample."""
+    scored, held_out = count(subject.scoring), count(subject.held_out)
+    return (judgement.loss * scored + (judgement.baseline or 0.0) * held_out) / (scored + held_out)
+
+
+def _change_by(plan: ResizePlan, judgement: Judgement, subject: Subject) -> float | None:
+    """What the removals of a plan do to the loss on the held-out part, nats per sample, tried without surgery."""
+    removed = _removed(plan)
+    if judgement.baseline is None or not removed:
+        return None if judgement.baseline is None else 0.0
+    return subject.loss_without(removed, norms="precise") - judgement.baseline
+
+
+def _removed(plan: ResizePlan) -> dict[str, Sequence[int]]:
+    """The channels that a plan removes, by channel group."""
+    return {name: index_map.removed for name, index_map in plan.items() if index_map.removed}
+
+
+def _span(worth: Array) -> tuple[float, float, float]:
+    """The weakest, the median and the strongest worth."""
+    return float(worth.min()), float(np.median(worth)), float(worth.max())

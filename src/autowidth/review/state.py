@@ -1,0 +1,214 @@
+"""Every context in which a model is looked at: quiet, with other norm statistics, with other tensors."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from autowidth.review.batches import Loss, samples_in
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[frozenset[nn.Module]]:
+    """Evaluation mode without autocast, and afterwards all modes and the global random state as they were.
+
+    Yields the modules that were in training mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    states = (random.getstate(), np.random.get_state())
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices), full_precision(model):
+            yield frozenset(module for module, training in modes.items() if training)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """No autocast while it lasts, on the CPU and where the model is.
+
+    An autocast block around it keeps casts of the weights: they would hide every ablation, and have the old shapes
+    after surgery, so they are dropped before and after.
+    """
+    kinds = {"cpu", *(tensor.device.type for tensor in model.parameters())} - {"meta"}
+    torch.clear_autocast_cache()
+    try:
+        with ExitStack() as stack:
+            for kind in sorted(kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits while it lasts, until a place where everything can be put back. Yields a check for such places.
+
+    The check raises what the interrupt would have raised. One that no check has seen is raised at the end; a second
+    one, from an impatient user, at once. Without effect outside the main thread, to which no interrupt comes.
+    """
+    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if not callable(before):
+        yield lambda: None
+        return
+    waiting: list[int] = []
+
+    def arrived(number: int, frame: FrameType | None) -> None:
+        if waiting:
+            before(number, frame)
+        waiting.append(number)
+
+    def check() -> None:
+        if waiting:
+            waiting.clear()
+            before(signal.SIGINT, None)
+
+    signal.signal(signal.SIGINT, arrived)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+    check()
+
+
+# ---- norm statistics -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def precise_norms(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module]
+) -> Iterator[None]:
+    """While it lasts, running statistics of norms are plain averages over the batches; afterwards as they were.
+
+    `among` are the modules that are being trained: a norm that the user keeps in evaluation mode is left alone.
+
+    At a high learning rate running statistics lag behind the weights: the network in evaluation mode is then not the
+    one that is being trained, and what it says of its filters is wrong (docs/decisions/003; "precise batch-norm
+    statistics", Wu and Johnson 2021, arXiv 2105.07576).
+    """
+    norms = _running_norms(model, among)
+    with _as_found(norms):
+        estimate_norms(model, norms, batches, loss)
+        yield
+
+
+def precise_statistics(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module]
+) -> list[tuple[Tensor, Tensor]]:
+    """(buffer, plain average over the batches) for every running statistic of the norms in training.
+
+    The norms are left as they were.
+    """
+    norms = _running_norms(model, among)
+    with _as_found(norms):
+        estimate_norms(model, norms, batches, loss)
+        return [(b, b.clone()) for norm in norms for b in norm.buffers() if b is not norm.num_batches_tracked]
+
+
+def estimate_norms(model: nn.Module, norms: Sequence[_NormBase], batches: Iterable[Any], loss: Loss) -> None:
+    """Replaces the running statistics of these norms by plain averages over the batches, by a forward pass of each.
+
+    Batches of one sample are left out: a norm may have no second value to compare it with. Where no other is left the
+    statistics stay.
+    """
+    usable = [batch for batch in batches if samples_in(batch) > 1] if norms else []
+    if not usable:
+        return
+    modes = [norm.training for norm in norms]
+    handles = [norm.register_forward_pre_hook(_averaging()) for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.training = True
+        with torch.no_grad():
+            for batch in usable:
+                loss(model, batch)
+    finally:
+        for handle, norm, training in zip(handles, norms, modes, strict=True):
+            handle.remove()
+            norm.training = training
+
+
+def _averaging() -> Callable[[nn.Module, Any], None]:
+    """A hook that makes the n-th call of a norm move its running statistics by 1 / n: their plain average.
+
+    `momentum=None` says the same to a batch norm, but to an instance norm it says 0.
+    """
+    calls = 0
+
+    def hook(norm: nn.Module, _: Any) -> None:
+        nonlocal calls
+        calls += 1
+        norm.momentum = 1 / calls  # type: ignore[assignment]
+
+    return hook
+
+
+@contextmanager
+def batch_norms(model: nn.Module, *, among: Collection[nn.Module]) -> Iterator[None]:
+    """While it lasts, norms take the statistics of the batch at hand; their own stay as they are.
+
+    `among` are the modules that are being trained. It is what `precise_norms` does at half the price, for batches that
+    are large enough to speak for all.
+    """
+    norms = _running_norms(model, among)
+    with _as_found(norms):
+        for norm in norms:
+            norm.momentum, norm.training = 0.0, True
+        yield
+
+
+def _running_norms(model: nn.Module, among: Collection[nn.Module]) -> list[_NormBase]:
+    """The norms among these modules that keep running statistics."""
+    return [m for m in model.modules() if m in among and isinstance(m, _NormBase) and m.track_running_stats]
+
+
+@contextmanager
+def _as_found(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Afterwards momentum, mode and statistics of the norms are as they were."""
+    saved = [(m.momentum, m.training, [(b, b.clone()) for b in m.buffers()]) for m in norms]
+    try:
+        yield
+    finally:
+        for norm, (momentum, training, buffers) in zip(norms, saved, strict=True):
+            norm.momentum, norm.training = momentum, training
+            for buffer, content in buffers:
+                buffer.copy_(content)
+
+
+# ---- other tensors ---------------------------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, parameters and buffers of these names hold other values of the same shape."""
+    targets = named_tensors(model)
+    saved = {name: targets[name].data.clone() for name in tensors}
+    try:
+        for name, content in tensors.items():
+            targets[name].data.copy_(content)
+        yield
+    finally:
+        for name, content in saved.items():
+            targets[name].data.copy_(content)

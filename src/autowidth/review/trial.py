@@ -1,0 +1,70 @@
+"""The one trial: what the loss is without some channels, asked of the network itself, and everything put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from autowidth.channels import ChannelMap
+from autowidth.review.batches import Batches, Loss, mean_loss, samples_in
+from autowidth.review.reconstruct import Reconstruction, Removed, readers_without
+from autowidth.review.state import batch_norms, named_tensors, precise_norms, swapped
+
+Norms = Literal["kept", "batch", "precise"]
+"""Which statistics norms use in a trial.
+
+kept: their running ones, as they are. Right for a single filter, of which little changes behind it.
+batch: those of the held-out batch at hand. Right for many filters at once, at the price of one forward pass; batches of
+    one sample are left out.
+precise: plain averages over the scoring data, estimated without the channels. What surgery will leave behind.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A network on trial: what to measure it with, and what stands in for channels that go.
+
+    scoring: batches for norm statistics; held_out: batches on which losses are measured, apart from those; trained:
+    the modules in training mode, whose norms may take other statistics; known: the reconstruction, empty for none.
+    """
+
+    model: nn.Module
+    channel_map: ChannelMap
+    loss: Loss
+    scoring: Batches
+    held_out: Batches
+    trained: frozenset[nn.Module]
+    known: Reconstruction
+
+    def loss_without(self, removed: Removed, *, norms: Norms = "kept") -> float:
+        """The mean loss on the held-out data without these channels, nats per sample; with none removed, the whole's.
+
+        Zeroing what the readers make of a channel has the effect of removing it, norms across channels excepted. The
+        model is afterwards as it was, bit for bit.
+        """
+        batches = self.held_out
+        if norms == "batch":
+            batches = [batch for batch in batches if samples_in(batch) > 1] or batches
+        with self._without(removed), self._norms(norms):
+            return mean_loss(self.model, batches, self.loss)
+
+    @contextmanager
+    def _without(self, removed: Removed) -> Iterator[None]:
+        tensors = readers_without(removed, self.channel_map, self.known, named_tensors(self.model))
+        with swapped(self.model, tensors):
+            yield
+
+    @contextmanager
+    def _norms(self, norms: Norms) -> Iterator[None]:
+        if norms == "precise":
+            with precise_norms(self.model, self.scoring, self.loss, among=self.trained):
+                yield
+        elif norms == "batch" and any(samples_in(batch) > 1 for batch in self.held_out):
+            with batch_norms(self.model, among=self.trained):
+                yield
+        else:
+            yield
