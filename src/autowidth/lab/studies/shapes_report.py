@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from autowidth.lab.studies.shape_settings import is_ours
 from autowidth.lab.studies.surrogate import Surrogate
 from autowidth.lab.studies.widths import Shape, distance
+from autowidth.lab.tables import markdown
 
 Record = Mapping[str, Any]
 
@@ -59,15 +60,10 @@ def _section(setting: str, records: Sequence[Record]) -> list[str]:
         lines.append(f"Seed noise, from shapes with repeats: standard deviation {100 * noise:.2f} points.")
     if own:
         lines.append(f"Runs in which our engine chose the shapes of its rows: {_spread(own)} % on held-out images.")
-    lines += [
-        "",
-        "| shape | widths | distance from uniform | held-out % | test % | by model % | MACs % |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    headings = ("shape", "widths", "distance from uniform", "held-out %", "test %", "by model %", "MACs %")
     reference = _uniform(records)
-    for name, shape in _rows(records, surrogate):
-        lines.append(_row(name, shape, records, surrogate, reference))
-    return [*lines, ""]
+    rows = [_row(name, shape, records, surrogate, reference) for name, shape in _rows(records, surrogate)]
+    return [*lines, "", markdown(headings, rows), ""]
 
 
 def _surrogate(held: Sequence[Record]) -> Surrogate:
@@ -126,9 +122,9 @@ def _rows(records: Sequence[Record], surrogate: Surrogate | None) -> list[tuple[
 
 def _row(
     name: str, shape: Shape, records: Sequence[Record], surrogate: Surrogate | None, reference: Shape | None
-) -> str:
+) -> list[str]:
     mine = [r for r in records if tuple(r["widths"]) == shape]
-    cells = [
+    return [
         name,
         " ".join(map(str, shape)),
         f"{distance(shape, reference):.2f}" if reference else "",
@@ -137,7 +133,6 @@ def _row(
         f"{100 * surrogate.smoothed([shape])[0]:.2f}" if surrogate is not None else "",
         f"{100 * mine[0]['macs'] / mine[0]['macs_dense']:.1f}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _spread(values: Sequence[float]) -> str:

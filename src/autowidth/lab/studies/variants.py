@@ -26,6 +26,7 @@ from autowidth.lab.methods import METHODS, Finish, Task, dense_macs, ours
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.compare import RECIPES
+from autowidth.lab.tables import markdown
 from autowidth.policy import POLICIES, Limits, Schedule
 
 logger = logging.getLogger(__name__)
@@ -279,18 +280,17 @@ def table(decision: str, order: Sequence[str], records: Sequence[Record]) -> str
         "Accuracy and loss (nats) on training images that are held out, mean over seeds and standard deviation between "
         "them; processor seconds of one thread.\n",
         f"Command: `python -m autowidth.lab.studies.variants {decision} --data cifar10:PATH --seeds 0-1`\n",
-        "| | predicted | accuracy % | loss | MACs % | seconds | seeds |",
-        "|---|---|---|---|---|---|---|",
     ]
     found = list(dict.fromkeys(r["label"] for r in records))
-    for label in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
-        lines.append(_row([r for r in records if r["label"] == label]))
-    return "\n".join(lines) + "\n"
+    labels = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    rows = [_row([r for r in records if r["label"] == label]) for label in labels]
+    headings = ("run", "predicted", "accuracy %", "loss", "MACs %", "seconds", "seeds")
+    return "\n".join([*lines, markdown(headings, rows), ""])
 
 
-def _row(records: Sequence[Record]) -> str:
+def _row(records: Sequence[Record]) -> list[str]:
     mean = statistics.mean
-    cells = [
+    return [
         records[0]["label"],
         records[0]["predicted"],
         _spread([100 * r["accuracy"] for r in records], 2),
@@ -299,7 +299,6 @@ def _row(records: Sequence[Record]) -> str:
         f"{mean(r['cpu_seconds'] for r in records):.0f}",
         ", ".join(str(r["seed"]) for r in sorted(records, key=lambda r: r["seed"])),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
