@@ -139,7 +139,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Inp
     does not run on the example inputs. The model is then unchanged.
     """
     run = read_run(path)
-    state = _read_tensors(run)
+    state = read_tensors(run)
     _check_names(run, model, state)
     channel_map = trace(model, example_inputs)
     widths = _solve(run, channel_map)
@@ -325,7 +325,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 # ---- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _read_tensors(run: Run) -> dict[str, Tensor]:
+def read_tensors(run: Run) -> dict[str, Tensor]:
     """Name -> tensor, tied names included. Raises CheckpointError where the file is missing or damaged."""
     path = run.file(MODEL)
     if not path.is_file():
