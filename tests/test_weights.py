@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from autowidth import IndexMap, load_, resize_, save
-from autowidth.checkpoint import CheckpointError
-from autowidth.lab.data import load
-from autowidth.lab.loop import evaluate
+from autowidth.checkpoint import CheckpointError, read_run
+from autowidth.lab.data import DataError, load
+from autowidth.lab.loop import evaluate, train
 from autowidth.lab.models import build
+from autowidth.lab.prepare import load_images
+from autowidth.lab.saved import SavedError, open_run
+from autowidth.lab.scaling import IMAGENET, Scaling, scaled_by
+from autowidth.lab.settings import SettingsError, settings_from, settings_of
 from autowidth.lab.weights import WeightsError, load_weights_, read_weights
+from autowidth.version import __version__
+from test_cli import program
 
 PUBLISHED = os.environ.get("AUTOWIDTH_PUBLISHED")
 """A folder with the published files (pretrained-cifar10) and CIFAR-10 (cifar10-raw)."""
@@ -269,6 +276,124 @@ def test_a_run_brings_its_widths(tmp_path: Path) -> None:
         load_(network(name="vgg8"), tmp_path / "run", example_inputs=x)
 
 
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+
+def short(**changes: Any) -> dict[str, Any]:
+    """Settings of a run of seconds."""
+    table = {"model": "resnet8", "width": 0.25, "data": "digits", "limit": 192, "epochs": 1, "batch_size": 32}
+    return {**table, "policy": {"name": "never"}, "threads": 1, "device": "cpu", **changes}
+
+
+def test_a_run_starts_from_weights_and_says_how_good_they_were(tmp_path: Path) -> None:
+    first = train(settings_of(short(epochs=6, out=tmp_path / "first")))
+    assert first.accuracy_start is None
+    told: list[float | None] = []
+    for weights in (tmp_path / "first", tmp_path / "first" / "model.safetensors"):
+        second = train(settings_of(short(weights=weights, lr=1e-9)), report=lambda p: told.append(p.accuracy_start))
+        assert second.accuracy_start == second.as_json()["accuracy_start"] == first.accuracy
+    assert set(told) == {first.accuracy}
+
+
+def test_a_run_from_weights_of_a_resized_network_starts_with_its_widths(tmp_path: Path) -> None:
+    budget = {"name": "budget", "macs": 0.6, "schedule": {"count": 1, "begin": 0.5, "end": 1.0}}
+    first = train(settings_of(short(policy=budget, width=0.5, out=tmp_path / "first")))
+    assert first.widths != first.widths_start
+    second = train(settings_of(short(weights=tmp_path / "first", width=0.5)))
+    assert second.widths_start == first.widths and second.accuracy_start == first.accuracy
+
+
+def test_weights_of_another_network_are_refused_before_training(tmp_path: Path) -> None:
+    torch.save(network(name="resnet14").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="36 in the file only"):
+        train(settings_of(short(weights=tmp_path / "w.pt", out=tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_is_brought_does_not_grow(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "w.pt")
+    budget = {"name": "budget", "macs": 1.5}
+    with pytest.raises(WeightsError, match=r"macs=1\.5 asks for a larger network than the one whose weights"):
+        train(settings_of(short(weights=tmp_path / "w.pt", policy=budget)))
+    train(settings_of(short(policy=budget, limit=64)))
+
+
+def test_the_command_starts_from_weights(tmp_path: Path) -> None:
+    torch.save({"state_dict": network().state_dict()}, tmp_path / "w.pth")
+    numbers = ["--width", "0.25", "--epochs", "1", "--threads", "1"]
+    options = ["--model", "resnet8", *numbers, "--no-edit", "--device", "cpu", "--json"]
+    weights = ["--weights", str(tmp_path / "w.pth"), "--normalize", "0.3/0.4"]
+    found = program("train", *options, *weights, "--out", str(tmp_path / "run"))
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert 0 <= result["accuracy_start"] <= 1
+    assert f"{result['accuracy_start']:.2%} with the weights of {tmp_path / 'w.pth'}" in found.stderr
+    assert f"({result['accuracy_start']:.2%} before training)" in found.stderr
+    extra = json.loads((tmp_path / "run" / "run.json").read_text())["extra"]
+    assert extra["normalization"] == {"mean": [0.3], "std": [0.4]}
+    (tmp_path / "half.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:500])
+    refused = program("train", *options, "--weights", str(tmp_path / "half.pth"), "--out", str(tmp_path / "other"))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "not a whole file" in refused.stderr
+
+
+def test_a_run_says_what_it_is_of(tmp_path: Path) -> None:
+    first = train(settings_of(short(out=tmp_path / "run", epochs=3)))
+    extra = read_run(tmp_path / "run").extra
+    assert extra["classes"] == [str(n) for n in range(10)] and extra["input_shape"] == [1, 8, 8]
+    assert extra["model"] == "resnet8" and extra["version"] == __version__
+    opened = open_run(tmp_path / "run")
+    assert opened.scaling.mean == pytest.approx(load("digits", limit=192).mean, rel=1e-12)
+    images = load("digits", limit=192)
+    found, loss = evaluate(opened.network, images.plain_batches("test", 500), torch.contiguous_format)
+    assert (found, loss) == (first.accuracy, pytest.approx(first.loss, rel=1e-6))
+
+
+def test_a_run_that_does_not_say_what_it_is_of_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "run", network())
+    with pytest.raises(SavedError, match=r"does not say its settings: .*autowidth\.load_"):
+        open_run(tmp_path / "run")
+
+
+# ---- how pixels are scaled -------------------------------------------------------------------------------------------
+
+SCALED: list[tuple[Any, Scaling]] = [
+    ("imagenet", IMAGENET),
+    ("0.485,0.456,0.406,0.229,0.224,0.225", IMAGENET),
+    ("0.485 0.456 0.406 / 0.229 0.224 0.225", IMAGENET),
+    ([[0.5], [0.2]], Scaling((0.5,), (0.2,))),
+    ({"mean": [0.5], "std": [0.2]}, Scaling((0.5,), (0.2,))),
+]
+
+
+@pytest.mark.parametrize(("text", "scaling"), SCALED)
+def test_a_scaling_is_read_and_survives_json(
+    text: Any, scaling: Scaling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of({"normalize": text})
+    assert settings.normalize == scaling
+    assert settings_of(json.loads(settings.model_dump_json())) == settings
+    (tmp_path / "run.json").write_text(json.dumps({"normalize": text}))
+    assert settings_from({}, config=tmp_path / "run.json").normalize == scaling
+    if isinstance(text, str):
+        monkeypatch.setenv("AUTOWIDTH_NORMALIZE", text)
+        assert settings_from({}).normalize == scaling
+
+
+@pytest.mark.parametrize("text", ["imagenut", "1,2,3", "", "0.5/0", "0.5/-1", "nan/1", [[0.5], [0.2, 0.1]], 3])
+def test_what_is_no_scaling_is_refused(text: Any) -> None:
+    with pytest.raises(SettingsError, match="'normalize"):
+        settings_of({"normalize": text})
+
+
+def test_images_are_scaled_as_asked() -> None:
+    plain = load_images(settings_of({"data": "digits"}))
+    asked = load_images(settings_of({"data": "digits", "normalize": "0.5/0.25"}))
+    (x, _), (y, _) = (next(iter(images.plain_batches("test", 5))) for images in (plain, asked))
+    torch.testing.assert_close(y * 0.25 + 0.5, x * plain.std[0] + plain.mean[0])
+    with pytest.raises(DataError, match="normalize has 3 channels, images of digits have 1"):
+        load_images(settings_of({"data": "digits", "normalize": "imagenet"}))
+
+
 # ---- the published files ---------------------------------------------------------------------------------------------
 
 
@@ -280,10 +405,5 @@ def test_published_files_have_their_published_accuracy(depth: int, accuracy: flo
     model = build(f"resnet{depth}-padding")
     load_weights_(model, folder / "pretrained-cifar10" / f"resnet{depth}.safetensors")
     images = load(f"cifar10:{folder / 'cifar10-raw'}")
-    scaled = type(images)(**{**_fields(images), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})
-    found, _ = evaluate(model, scaled.plain_batches("test", 500), torch.contiguous_format)
+    found, _ = evaluate(model, scaled_by(images, IMAGENET).plain_batches("test", 500), torch.contiguous_format)
     assert round(found, 4) == accuracy
-
-
-def _fields(images: Any) -> dict[str, Any]:
-    return {name: getattr(images, name) for name in images.__dataclass_fields__}

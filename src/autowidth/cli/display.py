@@ -114,6 +114,8 @@ def _opening(settings: Settings, p: Progress) -> str:
     """What is trained in a line, and on what images in another."""
     aim = settings.policy.aim
     start = f"{short(p.macs_start)} MACs, {short(p.params_start)} parameters"
+    if p.accuracy_start is not None:
+        start += f", {p.accuracy_start:.2%} with the weights of {settings.weights}"
     run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
     return f"{run}\n{p.data}"
 
@@ -156,8 +158,9 @@ def closing(result: Result) -> str:
     share = f"{r.review_seconds / r.seconds:.1%} of it in {r.reviews} reviews" if r.reviews else "no reviews"
     timed = f", {r.latency_ms:.3g} ms an image instead of {r.latency_ms_start:.3g}" if r.latency_ms else ""
     moved = f", {r.removed} filters removed, {r.inserted} inserted ({r.inserted_alive} alive)" if r.reviews else ""
+    before = "" if r.accuracy_start is None else f" ({r.accuracy_start:.2%} before training)"
     return (
-        f"[bold]{what} {r.accuracy:.2%} with {r.macs / r.macs_start:.1%} of the MACs and "
+        f"[bold]{what} {r.accuracy:.2%}{before} with {r.macs / r.macs_start:.1%} of the MACs and "
         f"{r.params / r.params_start:.1%} of the parameters[/bold] of the starting network{timed}{moved}; "
         f"{r.seconds:.1f} s, {share}\nwritten to {escape(str(r.out))}: model.safetensors, run.json, history.jsonl"
     )

@@ -28,6 +28,8 @@ start narrow, and let filters be inserted:
   autowidth train --width 0.5 --macs 1
 a network of yours on pictures of yours:
   autowidth train --model my_net:Net --data folder:photos
+a trained network, made smaller and trained on:
+  autowidth train --model my_net:Net --weights best.pt --data folder:photos --macs 0.5 --lr 0.01
 settings out of a file, the result for a program:
   autowidth train --config run.toml --seed 1 --json
 
@@ -40,15 +42,18 @@ What is in neither may be in the environment: AUTOWIDTH_EPOCHS=30.
 """
 
 
-def _option(setting: str, *names: str) -> Any:
+def option(setting: str, *names: str) -> Any:
     """An option that fills this setting; its help and its default are the setting's."""
     field = Settings.model_fields[setting]
     default = "" if field.default is None else f"; default {field.default}"
     return typer.Option(*names, help=f"{field.description}{default}")
 
 
-Model = Annotated[str | None, _option("model", "--model")]
-Data = Annotated[str | None, _option("data", "--data")]
+Model = Annotated[str | None, option("model", "--model")]
+Data = Annotated[str | None, option("data", "--data")]
+Weights = Annotated[Path | None, option("weights", "--weights")]
+NewHead = Annotated[bool, typer.Option("--new-head", help=Settings.model_fields["new_head"].description)]
+Normalize = Annotated[str | None, option("normalize", "--normalize")]
 Macs = Annotated[
     float | None, typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image")
 ]
@@ -65,15 +70,15 @@ Policy = Annotated[
     str | None,
     typer.Option(help=f"any policy by name, its settings from the configuration: {', '.join(POLICIES)}"),
 ]
-Epochs = Annotated[int | None, _option("epochs", "--epochs")]
-BatchSize = Annotated[int | None, _option("batch_size", "--batch-size")]
-Rate = Annotated[float | None, _option("lr", "--lr")]
-Seed = Annotated[int | None, _option("seed", "--seed")]
-Width = Annotated[float | None, _option("width", "--width")]
+Epochs = Annotated[int | None, option("epochs", "--epochs")]
+BatchSize = Annotated[int | None, option("batch_size", "--batch-size")]
+Rate = Annotated[float | None, option("lr", "--lr")]
+Seed = Annotated[int | None, option("seed", "--seed")]
+Width = Annotated[float | None, option("width", "--width")]
 Out = Annotated[Path | None, typer.Option(help="folder that the run is written to; default runs/MODEL-DATA-SEED")]
 Config = Annotated[Path | None, typer.Option(help="file of settings, TOML or JSON; options overrule it")]
-Device = Annotated[str | None, _option("device", "--device")]
-Threads = Annotated[int | None, _option("threads", "--threads")]
+Device = Annotated[str | None, option("device", "--device")]
+Threads = Annotated[int | None, option("threads", "--threads")]
 NoEdit = Annotated[bool, typer.Option("--no-edit", help="plain training: no reviews, no resizing")]
 AsJson = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no table, only the result")]
@@ -84,14 +89,16 @@ def command(
     model: Model = None, data: Data = None, macs: Macs = None, params: Params = None, latency: Latency = None,
     latency_ms: LatencyMs = None, price: Price = None, auto: Auto = False, policy: Policy = None, epochs: Epochs = None,
     batch_size: BatchSize = None, lr: Rate = None, seed: Seed = None, width: Width = None, out: Out = None,
-    config: Config = None, device: Device = None, threads: Threads = None, no_edit: NoEdit = False,
-    as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False,
+    weights: Weights = None, new_head: NewHead = False, normalize: Normalize = None, config: Config = None,
+    device: Device = None, threads: Threads = None, no_edit: NoEdit = False, as_json: AsJson = False,
+    quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train a network, and come out with the right number of filters in every layer."""
     bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
     options = {
         "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
-        "width": width, "out": out, "device": device, "threads": threads,
+        "width": width, "out": out, "device": device, "threads": threads, "weights": weights, "normalize": normalize,
+        "new_head": new_head or None,
     }  # fmt: skip
     with door(debug=debug):
         given = {name: value for name, value in options.items() if value is not None}

@@ -39,8 +39,10 @@ from autowidth.lab.baselines.registry import TrainingRule
 from autowidth.lab.data import Batches, ImageSet, Pictures
 from autowidth.lab.prepare import ModelError, build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
+from autowidth.lab.saved import description
 from autowidth.lab.settings import Settings
-from autowidth.policy import Policy
+from autowidth.lab.weights import WeightsError
+from autowidth.policy import Budget, Policy
 from autowidth.review.review import Importance
 
 
@@ -110,7 +112,7 @@ def train(
     device = find_device(settings.device)
     images = (images or load_images(settings)).to(device)
     _seed_everything(settings.seed)
-    with _threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)), _fitted_convolutions():
+    with cpu_threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)), _fitted_convolutions():
         network = (network or build_network(settings, images)).to(device)
         run = _Run(settings, images, network, method or Method())
         try:
@@ -120,7 +122,7 @@ def train(
             raise
         result = run.result()
     if settings.out is not None:
-        extra = {"settings": settings.model_dump(mode="json"), "result": result.as_json()}
+        extra = description(settings, images) | {"result": result.as_json()}
         save(settings.out, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
     return result
 
@@ -156,6 +158,7 @@ class _Run:
         self.ruled = max(policy.reviews(self.total_steps), default=self.total_steps) if self.rule else 0
         self.engine = self._attached(policy, method)
         self.accuracy: float | None = None
+        self.accuracy_start: float | None = None
         self.loss: float | None = None
         self.seconds = 0.0
         self.cpu_seconds = 0.0
@@ -163,6 +166,8 @@ class _Run:
     def _attached(self, policy: Policy, method: Method) -> AutoWidth:
         """The engine on the network."""
         settings, images = self.settings, self.images
+        if settings.weights is not None:
+            _check_growth(policy)
         one = torch.zeros(1, *images.image_shape, device=self.device)
         return AutoWidth(
             self.network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
@@ -175,6 +180,8 @@ class _Run:
 
     def follow(self, report: Report, watch: Watch) -> None:
         """Trains, evaluates, reports after every epoch. Raises FloatingPointError for a loss that is not finite."""
+        if self.settings.weights is not None:
+            self.accuracy_start, _ = self._evaluated()
         began, worked = time.perf_counter(), time.process_time()
         report(self._progress("start", 0, None))
         for epoch in range(1, self.settings.epochs + 1):
@@ -190,11 +197,14 @@ class _Run:
             if self.rule and self.engine.steps < self.ruled:
                 self.rule.after_epoch(self.network, self.engine.channel_map, self.engine.steps / self.ruled)
             if self._looks_after(epoch):
-                batches = self.images.plain_batches(self.part, self.at_once)
-                self.accuracy, self.loss = evaluate(self.outcome, batches, self.format)
+                self.accuracy, self.loss = self._evaluated()
                 _finite(self.loss, f"loss on the {self.part} images", self.engine.steps, self.settings.lr)
             self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - worked
             report(self._progress("epoch", epoch, mean))
+
+    def _evaluated(self) -> tuple[float, float]:
+        """Accuracy and loss of the network, or of its averaged copy, as it is now."""
+        return evaluate(self.outcome, self.images.plain_batches(self.part, self.at_once), self.format)
 
     def _looks_after(self, epoch: int) -> bool:
         """Whether the network is evaluated after this epoch; always after the last one."""
@@ -246,8 +256,8 @@ class _Run:
         engine = self.engine
         return Progress(
             moment=moment, data=self.about, epoch=epoch, epochs=self.settings.epochs, step=engine.steps,
-            total_steps=self.total_steps, loss=loss, accuracy=self.accuracy, macs=engine.macs,
-            macs_start=engine.macs_start, params=engine.params, params_start=engine.params_start,
+            total_steps=self.total_steps, loss=loss, accuracy=self.accuracy, accuracy_start=self.accuracy_start,
+            macs=engine.macs, macs_start=engine.macs_start, params=engine.params, params_start=engine.params_start,
             widths=engine.widths, seconds=self.seconds, reviews=len(engine.history),
             event=engine.history.events[-1] if len(engine.history) else None,
         )  # fmt: skip
@@ -258,7 +268,8 @@ class _Run:
         assert self.accuracy is not None and self.loss is not None, "no epoch has been evaluated"
         return Result(
             model=settings.model, data=self.images.name, part=self.part, seed=settings.seed, epochs=settings.epochs,
-            accuracy=self.accuracy, loss=self.loss, macs=engine.macs, macs_start=engine.macs_start,
+            accuracy=self.accuracy, accuracy_start=self.accuracy_start, loss=self.loss, macs=engine.macs,
+            macs_start=engine.macs_start,
             params=engine.params, params_start=engine.params_start, latency_ms=engine.latency_ms,
             latency_ms_start=engine.latency_ms_start, removed=history.removed_total,
             inserted=history.inserted_total, inserted_alive=history.inserted_alive,
@@ -269,6 +280,15 @@ class _Run:
             out=None if settings.out is None else str(settings.out),
             network=self.outcome, channel_map=engine.channel_map, history=history,
         )  # fmt: skip
+
+
+def _check_growth(policy: Policy) -> None:
+    """Raises WeightsError for a budget above the network that was brought."""
+    if isinstance(policy, Budget) and not policy.is_absolute and policy.target > 1:
+        raise WeightsError(
+            f"{policy} asks for a larger network than the one whose weights are brought: give at most 1, or train "
+            "from fresh weights"
+        )
 
 
 # ---- its parts -------------------------------------------------------------------------------------------------------
@@ -315,7 +335,7 @@ def evaluate(
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def cpu_threads(count: int | None) -> Iterator[None]:
     """This many CPU threads, and afterwards as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

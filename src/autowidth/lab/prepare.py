@@ -13,7 +13,9 @@ from autowidth.checkpoint import HISTORY, MODEL, RUN
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet, load
 from autowidth.lab.models import MODELS, UnknownModelError, resolve, spec
+from autowidth.lab.scaling import scaled_by
 from autowidth.lab.settings import Settings
+from autowidth.lab.weights import load_weights_
 
 
 class DeviceError(AutoWidthError, ValueError):
@@ -29,34 +31,48 @@ class FolderError(AutoWidthError, ValueError):
 
 
 def load_images(settings: Settings) -> ImageSet:
-    """The image set that the settings name. Raises as `autowidth.lab.data.load` does."""
-    return load(
+    """The image set that the settings name, scaled as they say. Raises as `autowidth.lab.data.load` does."""
+    images = load(
         settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=settings.size,
         skip_corrupt=settings.skip_corrupt, stream_above=settings.stream_above, workers=settings.workers,
     )  # fmt: skip
+    return scaled_by(images, settings.normalize)
 
 
 def build_network(settings: Settings, images: ImageSet) -> nn.Module:
-    """The starting network for these images, fresh weights out of the global generator, on the CPU.
+    """The starting network for these images, on the CPU: with the weights that the settings name, or fresh ones.
+
+    Raises as `built` does, and WeightsError for weights that cannot be read or do not fit.
+    """
+    network = built(settings.model, images.image_shape, len(images.classes), width=settings.width, of=images.name)
+    if settings.weights is not None:
+        example = torch.zeros(2, *images.image_shape)
+        load_weights_(network, settings.weights, example_inputs=example, new_head=settings.new_head)
+    return network
+
+
+def built(
+    name: str, shape: tuple[int, int, int], classes: int, *, width: float = 1.0, of: str = "this data"
+) -> nn.Module:
+    """The network of this name for images of a shape (C, H, W), fresh weights out of the global generator, on the CPU.
 
     Raises UnknownModelError for a name that leads nowhere, ModelError where the network cannot be built or does not
-    give one score per class.
+    give one score per class; `of` names the images there.
     """
-    channels, height, width = images.image_shape
-    name, classes = settings.model, len(images.classes)
-    if ":" not in name and min(height, width) < (least := spec(name).smallest):
-        fitting = ", ".join(k for k, s in MODELS.items() if s.smallest <= min(height, width)) or "none built in"
+    channels, height, breadth = shape
+    if ":" not in name and min(height, breadth) < (least := spec(name).smallest):
+        fitting = ", ".join(k for k, s in MODELS.items() if s.smallest <= min(height, breadth)) or "none built in"
         raise ModelError(
-            f"{name} needs images of at least {least} x {least}, those of {images.name} are {height} x {width}; "
+            f"{name} needs images of at least {least} x {least}, those of {of} are {height} x {breadth}; "
             f"models that take them: {fitting}"
         )
     try:
-        network = resolve(name, num_classes=classes, in_channels=channels, width=settings.width)
+        network = resolve(name, num_classes=classes, in_channels=channels, width=width)
     except UnknownModelError:
         raise
     except Exception as error:  # it is the user's code that runs here
         raise ModelError(f"cannot build the model {name}: {type(error).__name__}: {error}") from error
-    _check_scores(name, network, torch.zeros(2, channels, height, width), classes)
+    _check_scores(name, network, torch.zeros(2, *shape), classes)
     return network
 
 

@@ -20,7 +20,7 @@ class Progress:
     """Where a run stands.
 
     `data` names splits and class counts in a line. `loss` is the mean training loss of this epoch so far, `accuracy`
-    that of the last evaluation, None before it.
+    that of the last evaluation, None before it; `accuracy_start` that of weights that were brought, before training.
     `event` is the last review's, None before the first.
     """
 
@@ -32,6 +32,7 @@ class Progress:
     total_steps: int
     loss: float | None
     accuracy: float | None
+    accuracy_start: float | None = None
     macs: int
     macs_start: int
     params: int
@@ -54,7 +55,8 @@ def silent(progress: Progress) -> None:
 class Result:
     """What a run ended with. Accuracy is a share, loss in nats per image, MACs those of one image.
 
-    `part` says on which images accuracy and loss were measured. `seconds` is the wall time of the loop with its
+    `part` says on which images accuracy and loss were measured. `accuracy_start` is that of weights that were brought,
+    before training, None where there were none. `seconds` is the wall time of the loop with its
     evaluations, `review_seconds` the part of it that reviews took, `cpu_seconds` the processor time of the loop, on
     which other processes of a busy machine weigh less. `latency_ms` is what a forward pass of one image takes, None
     where the policy does not bound it. `inserted_alive` counts inserted filters that are still there, `skipped` images
@@ -67,6 +69,7 @@ class Result:
     seed: int
     epochs: int
     accuracy: float
+    accuracy_start: float | None
     loss: float
     macs: int
     macs_start: int

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic_settings as sources
 from pydantic import ConfigDict, Field, ValidationError
@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import STREAM_ABOVE
 from autowidth.lab.policies import PolicySettings, field_names, left_by
+from autowidth.lab.scaling import AnyScaling
 from autowidth.policy import POLICIES
 from autowidth.review.effort import Effort
 
@@ -46,6 +47,15 @@ class Settings(PolicySettings):
 
     model: str = Field("resnet20", description="a built-in model, or module:callable that returns an nn.Module")
     data: str = Field("digits", description="digits, cifar10:PATH, cifar100:PATH, folder:PATH or hf:NAME")
+    weights: Path | None = Field(
+        None, description="start from these weights: a file of safetensors or torch.save, or the folder of a run"
+    )
+    new_head: bool = Field(False, description="keep a fresh head where the weights are for another number of classes")
+    normalize: Annotated[AnyScaling | None, sources.NoDecode] = Field(
+        None,
+        description="how pixels are scaled: imagenet, or means and deviations by channel; not given: as the training "
+        "images need it",
+    )
     width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
     effort: Effort | None = Field(
         None, description="how much a review looks at; what is not given: what takes a twenty-fifth of the run"

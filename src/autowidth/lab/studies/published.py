@@ -15,10 +15,11 @@ from torch import nn
 from autowidth.channels import IndexMap
 from autowidth.lab.data import ImageSet
 from autowidth.lab.models import build
+from autowidth.lab.scaling import IMAGENET
 from autowidth.lab.weights import load_weights_
 from autowidth.policy import Decision, Limits, Situation, Start, Unit
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET.mean, IMAGENET.std
 """What pixels (0 to 1) were normalised by when the published weights were trained."""
 
 

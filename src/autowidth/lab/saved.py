@@ -1,0 +1,73 @@
+"""What a saved run says of itself, so that it can be used from its folder alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autowidth.channels import ChannelMap
+from autowidth.checkpoint import Run, load_, read_run
+from autowidth.errors import AutoWidthError
+from autowidth.lab.data import ImageSet
+from autowidth.lab.prepare import built
+from autowidth.lab.scaling import Scaling
+from autowidth.lab.settings import Settings, settings_of
+from autowidth.version import __version__
+
+
+class SavedError(AutoWidthError, ValueError):
+    """A run that does not say what it needs to be used."""
+
+
+def description(settings: Settings, images: ImageSet) -> dict[str, Any]:
+    """What a run keeps beside its weights, in JSON: model, version, classes, shape and scaling of its images."""
+    return {
+        "model": settings.model,
+        "version": __version__,
+        "classes": list(images.classes),
+        "input_shape": list(images.image_shape),
+        "normalization": {"mean": list(images.mean), "std": list(images.std)},
+        "settings": settings.model_dump(mode="json"),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run ready for use: its network in evaluation mode, and what its images must be like (C, H, W)."""
+
+    run: Run
+    network: nn.Module
+    channel_map: ChannelMap
+    settings: Settings
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    scaling: Scaling
+
+
+def open_run(path: str | os.PathLike[str]) -> Opened:
+    """The run in a folder, its network built anew and given the widths and weights of the file.
+
+    Raises CheckpointError where it is missing, damaged or of another network, SavedError where it does not say what it
+    is of, UnknownModelError or ModelError where its network cannot be built here.
+    """
+    run = read_run(Path(path))
+    if missing := [name for name in ("settings", "classes", "input_shape", "normalization") if name not in run.extra]:
+        raise SavedError(
+            f"run {run.folder} does not say its {missing[0]}: it was saved by another program or an older version; "
+            "train it again, or load it in Python with autowidth.load_"
+        )
+    settings = settings_of(run.extra["settings"])
+    channels, height, width = run.extra["input_shape"]
+    classes, scaling = tuple(run.extra["classes"]), run.extra["normalization"]
+    network = built(settings.model, (channels, height, width), len(classes), width=settings.width)
+    example = torch.zeros(2, channels, height, width)
+    channel_map = load_(network, run.folder, example_inputs=example)
+    return Opened(
+        run=run, network=network.eval(), channel_map=channel_map, settings=settings, classes=classes,
+        input_shape=(channels, height, width), scaling=Scaling(tuple(scaling["mean"]), tuple(scaling["std"])),
+    )  # fmt: skip
