@@ -8,6 +8,7 @@ from autowidth.errors import AutoWidthError
 from autowidth.history import Event, History
 from autowidth.policy import Auto, Budget, Limits, Never, Price, Schedule
 from autowidth.review.effort import Effort
+from autowidth.shrink import shrink_
 from autowidth.trace import trace
 from autowidth.version import __version__
 
@@ -34,5 +35,6 @@ __all__ = [
     "read_run",
     "resize_",
     "save",
+    "shrink_",
     "trace",
 ]

@@ -74,12 +74,7 @@ def resizable(
 
 def _check_groups(model: nn.Module, channel_map: ChannelMap, optimizers: tuple[Optimizer, ...]) -> None:
     """Raises NothingToResizeError or ForeignOptimizerError."""
-    if not channel_map.groups:
-        reasons = sorted({f.reason for f in channel_map.frozen}) or ["no layer passes channels to another one"]
-        raise NothingToResizeError(
-            f"{type(model).__name__} has no channel group that can be resized: {'; '.join(reasons[:5])}; "
-            "a group needs a layer that writes its channels and another one that reads them"
-        )
+    check_groups(channel_map, model)
     held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
     names = {place.axis.name for group in channel_map.groups for place in group.places}
     ours = {id(p): name for name, p in model.named_parameters()}
@@ -88,6 +83,16 @@ def _check_groups(model: nn.Module, channel_map: ChannelMap, optimizers: tuple[O
         raise ForeignOptimizerError(
             f"{' and '.join(type(o).__name__ for o in optimizers) or 'no optimizer'} holds none of the "
             "parameters that would be resized: build the optimizer from this model's parameters()"
+        )
+
+
+def check_groups(channel_map: ChannelMap, model: nn.Module) -> None:
+    """Raises NothingToResizeError, with the reasons, for a network without a channel group."""
+    if not channel_map.groups:
+        reasons = sorted({f.reason for f in channel_map.frozen}) or ["no layer passes channels to another one"]
+        raise NothingToResizeError(
+            f"{type(model).__name__} has no channel group that can be resized: {'; '.join(reasons[:5])}; "
+            "a group needs a layer that writes its channels and another one that reads them"
         )
 
 

@@ -40,9 +40,16 @@ from autowidth.review.calibrate import Array, Calibration, agreement, refit, sam
 from autowidth.review.effort import FittedEffort
 from autowidth.review.profit import combined, profits
 from autowidth.review.reconstruct import Reconstruction, readers_without, reconstruction
-from autowidth.review.state import deferred_interrupts, named_tensors, precise_norms, precise_statistics, quiet
+from autowidth.review.state import (
+    deferred_interrupts,
+    named_tensors,
+    norm_shifts,
+    precise_norms,
+    precise_statistics,
+    quiet,
+)
 from autowidth.review.statistics import effective_weights, probe, read_moments
-from autowidth.review.trial import Subject
+from autowidth.review.trial import NormsAfter, Subject
 from autowidth.surgery import Journal, all_or_nothing, holders, operate
 
 AUDITS = 3
@@ -86,6 +93,8 @@ class Judgement:
 class Reviewer:
     """A network, all that is edited with it, and all that reviews have learnt.
 
+    norms: which statistics norms have after a removal: "precise" in training, "corrected" in a trained network, which
+        is then judged with those that it has.
     ages: for each channel of each group the number of the review that inserted it, None for those of the start.
     """
 
@@ -101,6 +110,7 @@ class Reviewer:
     reconstruct: bool
     latency: LatencyMeter | None
     seed: int
+    norms: NormsAfter = "precise"
 
     def __post_init__(self) -> None:
         self.history = History(self.channel_map.widths)
@@ -123,11 +133,14 @@ class Reviewer:
         ):
             self._remember_draws(journal)
             scoring, held_out = self.look()
+            loss = _checked(self.loss, check)
+            precise = self.norms == "precise"
             subject = Subject(
-                model=self.model, channel_map=self.channel_map, loss=_checked(self.loss, check), scoring=scoring,
-                held_out=held_out, trained=trained, known={},
+                model=self.model, channel_map=self.channel_map, loss=loss, scoring=scoring, held_out=held_out,
+                trained=trained, known={},
+                shifts=() if precise else norm_shifts(self.model, scoring, loss, among=trained),
             )  # fmt: skip
-            with precise_norms(self.model, scoring, subject.loss, among=trained):
+            with precise_norms(self.model, scoring, loss, among=trained if precise else ()):
                 judgement = self._judge(subject, clock)
             subject = replace(subject, known=judgement.known)
             situation = self._situation(step, total_steps, judgement, subject)
@@ -272,13 +285,20 @@ class Reviewer:
         self, decision: Decision, situation: Situation, judgement: Judgement, subject: Subject
     ) -> tuple[Decision, float | None]:
         """The decision and its measured loss change; a shrunk one where that exceeds what the policy allows."""
-        measured = _change_by(decision.plan, judgement, subject)
+        measured = self._change_by(decision.plan, judgement, subject)
         if not decision.plan or measured is None or measured <= decision.max_rise:
             return decision, measured
         lesser = shrunk(decision, situation.groups)
         cost = f"{measured:.3g} nats, more than the {decision.max_rise:.3g} allowed"
         note = f"the plan would have cost {cost}: half of it was made"
-        return replace(lesser, notes=(*lesser.notes, note)), _change_by(lesser.plan, judgement, subject)
+        return replace(lesser, notes=(*lesser.notes, note)), self._change_by(lesser.plan, judgement, subject)
+
+    def _change_by(self, plan: ResizePlan, judgement: Judgement, subject: Subject) -> float | None:
+        """What the removals of a plan do to the loss on the held-out part, nats per sample, tried without surgery."""
+        removed = _removed(plan)
+        if judgement.baseline is None or not removed:
+            return None if judgement.baseline is None else 0.0
+        return subject.loss_without(removed, norms=self.norms) - judgement.baseline
 
     # ---- commit
 
@@ -290,10 +310,11 @@ class Reviewer:
         before = (self.macs, self.params)
         self._assign(journal, "calibration", judgement.calibration)
         if decision.plan:
-            self._resize(journal, decision.plan, judgement.known)
-            statistics = precise_statistics(self.model, subject.scoring, subject.loss, among=subject.trained)
-            for buffer, content in statistics:  # the statistics of the old network say nothing about the new one
-                journal.write_(buffer, content)
+            self._resize(journal, decision.plan, subject)
+            if self.norms == "precise":  # the statistics of the old network say nothing about the new one
+                found = precise_statistics(self.model, subject.scoring, subject.loss, among=subject.trained)
+                for buffer, content in found:
+                    journal.write_(buffer, content)
         clock.lap("surgery")
         missed = () if decision.missed is None else (decision.missed,)
         event = Event(
@@ -308,13 +329,16 @@ class Reviewer:
         journal.call(lambda: self.history.append(event), lambda: self.history.retract(event))
         return event
 
-    def _resize(self, journal: Journal, plan: ResizePlan, known: Reconstruction) -> None:
+    def _resize(self, journal: Journal, plan: ResizePlan, subject: Subject) -> None:
         """Surgery on everything that holds the model's shapes; co-channels first take over what is removed."""
-        removed = _removed(plan)
+        removed, known = _removed(plan), subject.known
+        corrected = subject.corrected_without(removed)
         for module in (self.model, *(f.module if isinstance(f, AveragedModel) else f for f in self.followers)):
             tensors = named_tensors(module)
             for name, content in readers_without(removed, self.channel_map, known, tensors).items():
                 journal.write_(tensors[name], content)
+        for buffer, content in corrected:
+            journal.write_(buffer, content)
         touched = {axis.name for name in plan for axis in self.channel_map.group(name).axes}
         resized = operate(
             journal, self.model, self.channel_map, plan, optimizers=holders(self.optimizers, self.model, touched),
@@ -366,14 +390,6 @@ def _mean_of_both(judgement: Judgement, subject: Subject) -> float:
     """The loss on the scoring and the held-out part together, nats per sample."""
     scored, held_out = count(subject.scoring), count(subject.held_out)
     return (judgement.loss * scored + (judgement.baseline or 0.0) * held_out) / (scored + held_out)
-
-
-def _change_by(plan: ResizePlan, judgement: Judgement, subject: Subject) -> float | None:
-    """What the removals of a plan do to the loss on the held-out part, nats per sample, tried without surgery."""
-    removed = _removed(plan)
-    if judgement.baseline is None or not removed:
-        return None if judgement.baseline is None else 0.0
-    return subject.loss_without(removed, norms="precise") - judgement.baseline
 
 
 def _removed(plan: ResizePlan) -> dict[str, Sequence[int]]:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -119,6 +120,70 @@ def precise_statistics(
     with _as_found(norms):
         estimate_norms(model, norms, batches, loss)
         return [(b, b.clone()) for norm in norms for b in norm.buffers() if b is not norm.num_batches_tracked]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormShift:
+    """What a trained norm holds beside what some batches show of it, before anything is removed: all (width,).
+
+    mean, var: its running statistics. seen_mean, seen_var: plain averages over the batches.
+    """
+
+    norm: _NormBase
+    mean: Tensor
+    var: Tensor
+    seen_mean: Tensor
+    seen_var: Tensor
+
+    def corrected(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """What the norm should hold where the same batches now show this mean and this variance (width,).
+
+        The mean moves by as much and the variance by the same factor as on the batches, so that batches which are not
+        quite what training saw, or few, do no harm to what has not changed.
+        """
+        factor = (var + self.norm.eps) / (self.seen_var + self.norm.eps)
+        return self.mean + mean - self.seen_mean, (self.var + self.norm.eps) * factor - self.norm.eps
+
+
+def norm_shifts(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module]
+) -> tuple[NormShift, ...]:
+    """What the norms in training hold beside what the batches show. The norms are left as they were."""
+    norms = [norm for norm in _running_norms(model, among) if norm.running_mean is not None]
+    held = [_mean_and_var(norm) for norm in norms]
+    with _as_found(norms):
+        estimate_norms(model, norms, batches, loss)
+        seen = [_mean_and_var(norm) for norm in norms]
+    return tuple(
+        NormShift(norm=norm, mean=mean, var=var, seen_mean=now[0], seen_var=now[1])
+        for norm, (mean, var), now in zip(norms, held, seen, strict=True)
+    )
+
+
+@contextmanager
+def corrected_norms(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, shifts: Sequence[NormShift]
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """While it lasts, norms hold what `NormShift.corrected` says; afterwards what they held.
+
+    Yields (buffer, that content). `batches` are those that the shifts were taken from.
+    """
+    norms = [shift.norm for shift in shifts]
+    with _as_found(norms):
+        estimate_norms(model, norms, batches, loss)
+        contents: list[tuple[Tensor, Tensor]] = []
+        for shift in shifts:
+            buffers = (shift.norm.running_mean, shift.norm.running_var)
+            for buffer, content in zip(buffers, shift.corrected(*_mean_and_var(shift.norm)), strict=True):
+                assert buffer is not None, "norms without running statistics have no shift"
+                buffer.copy_(content)
+                contents.append((buffer, content))
+        yield contents
+
+
+def _mean_and_var(norm: _NormBase) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None, "norms with running statistics only"
+    return norm.running_mean.clone(), norm.running_var.clone()
 
 
 def estimate_norms(model: nn.Module, norms: Sequence[_NormBase], batches: Iterable[Any], loss: Loss) -> None:

@@ -7,20 +7,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
 from autowidth.review.batches import Batches, Loss, mean_loss, samples_in
 from autowidth.review.reconstruct import Reconstruction, Removed, readers_without
-from autowidth.review.state import batch_norms, named_tensors, precise_norms, swapped
+from autowidth.review.state import (
+    NormShift,
+    batch_norms,
+    corrected_norms,
+    named_tensors,
+    precise_norms,
+    swapped,
+)
 
-Norms = Literal["kept", "batch", "precise"]
+Norms = Literal["kept", "batch", "precise", "corrected"]
 """Which statistics norms use in a trial.
 
 kept: their running ones, as they are. Right for a single filter, of which little changes behind it.
 batch: those of the held-out batch at hand. Right for many filters at once, at the price of one forward pass; batches of
     one sample are left out.
-precise: plain averages over the scoring data, estimated without the channels. What surgery will leave behind.
+precise: plain averages over the scoring data, estimated without the channels. What surgery leaves behind in training.
+corrected: their running ones, moved by as much as the removal moves the averages over the scoring data. What surgery
+    leaves behind in a trained network.
+"""
+
+NormsAfter = Literal["precise", "corrected"]
+"""Which statistics norms have once channels have been removed.
+
+precise: while a network trains, its running statistics lag behind its weights (docs/decisions/003).
+corrected: those of a trained network are of all that training saw, and a review sees little of that
+    (docs/decisions/013).
 """
 
 
@@ -30,6 +47,7 @@ class Subject:
 
     scoring: batches for norm statistics; held_out: batches on which losses are measured, apart from those; trained:
     the modules in training mode, whose norms may take other statistics; known: the reconstruction, empty for none.
+    shifts: what norms hold beside what the scoring data show of them, for "corrected"; empty where nothing is.
     """
 
     model: nn.Module
@@ -39,6 +57,7 @@ class Subject:
     held_out: Batches
     trained: frozenset[nn.Module]
     known: Reconstruction
+    shifts: tuple[NormShift, ...] = ()
 
     def loss_without(self, removed: Removed, *, norms: Norms = "kept") -> float:
         """The mean loss on the held-out data without these channels, nats per sample; with none removed, the whole's.
@@ -52,6 +71,11 @@ class Subject:
         with self._without(removed), self._norms(norms):
             return mean_loss(self.model, batches, self.loss)
 
+    def corrected_without(self, removed: Removed) -> list[tuple[Tensor, Tensor]]:
+        """(buffer, what it should hold without these channels) of corrected norms; the model is left alone."""
+        with self._without(removed), corrected_norms(self.model, self.scoring, self.loss, self.shifts) as found:
+            return found
+
     @contextmanager
     def _without(self, removed: Removed) -> Iterator[None]:
         tensors = readers_without(removed, self.channel_map, self.known, named_tensors(self.model))
@@ -60,7 +84,10 @@ class Subject:
 
     @contextmanager
     def _norms(self, norms: Norms) -> Iterator[None]:
-        if norms == "precise":
+        if norms == "corrected":
+            with corrected_norms(self.model, self.scoring, self.loss, self.shifts):
+                yield
+        elif norms == "precise":
             with precise_norms(self.model, self.scoring, self.loss, among=self.trained):
                 yield
         elif norms == "batch" and any(samples_in(batch) > 1 for batch in self.held_out):

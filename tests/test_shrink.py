@@ -1,0 +1,181 @@
+"""A trained network made smaller without training: where it ends, what norms hold, what is put back, the command."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autowidth import Auto, Budget, Effort, Limits, Never, count_macs, shrink_
+from autowidth.attach import AttachError, NothingToResizeError
+from autowidth.lab.data import load
+from autowidth.lab.loop import evaluate
+from autowidth.lab.models import build
+from autowidth.policy import BudgetError
+from autowidth.review.batches import ProbeError, of_pairs
+from autowidth.review.state import corrected_norms, norm_shifts
+from autowidth.shrink import ShrinkError
+
+DIGITS = load("digits", holdout=0.2)
+X = torch.zeros(2, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A ResNet-8 of half the width that tells digits apart, in evaluation mode."""
+    torch.manual_seed(0)
+    network = build("resnet8", in_channels=1, width=0.5)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for _ in range(8):
+        for x, y in DIGITS.training_batches(64, seed=0):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+    return network.eval()
+
+
+def accuracy(network: nn.Module) -> float:
+    return evaluate(network, DIGITS.plain_batches("test", 500), torch.contiguous_format)[0]
+
+
+def shrunk(network: nn.Module, **changes: Any) -> nn.Module:
+    """A copy of the network, made smaller."""
+    copied = copy.deepcopy(network)
+    batches = DIGITS.training_batches(64, seed=0)
+    shrink_(copied, **{"example_inputs": X, "batches": batches, "loss_fn": F.cross_entropy, "seed": 1, **changes})
+    return copied
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_network_ends_at_its_budget_and_still_tells_digits_apart(trained: nn.Module) -> None:
+    before = count_macs(trained, X)
+    network = shrunk(trained, policy=Budget(macs=0.75))
+    assert count_macs(network, X) <= 0.75 * before
+    assert not any(module.training for module in network.modules())
+    assert accuracy(trained) > 0.9 and accuracy(network) > accuracy(trained) - 0.05
+    random = copy.deepcopy(trained)
+    with torch.no_grad():
+        for parameter in random.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    assert accuracy(random) < 0.5, "the digits are too easy for this test"
+
+
+def test_the_history_says_what_was_done(trained: nn.Module) -> None:
+    network = copy.deepcopy(trained)
+    batches = DIGITS.training_batches(64, seed=0)
+    history = shrink_(
+        network, example_inputs=X, batches=batches, loss_fn=F.cross_entropy, policy=Budget(params=0.8), reviews=2
+    )
+    assert len(history) == 2 and history.inserted_total == 0 and history.removed_total > 0
+    assert history.events[-1].params == sum(p.numel() for p in network.parameters())
+    assert history.events[-1].params <= 0.8 * history.events[0].params_before
+
+
+def test_the_same_seed_gives_the_same_network(trained: nn.Module) -> None:
+    states = [shrunk(trained, policy=Budget(macs=0.8), reviews=1).state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_few_samples_are_divided(trained: nn.Module) -> None:
+    x, y = next(iter(DIGITS.training_batches(50, seed=0)))
+    network = shrunk(trained, batches=[(x, y)], reviews=1, policy=Budget(macs=0.8))
+    assert count_macs(network, X) <= 0.8 * count_macs(trained, X)
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"policy": Never()}, ShrinkError, "no schedule of reviews"),
+    ({"policy": Budget(macs=0.0001)}, BudgetError, "below the least"),
+    ({"policy": Budget(macs=1.5)}, BudgetError, "needs insertion"),
+    ({"batches": []}, ProbeError, "no data"),
+    ({"batches": iter([])}, ProbeError, "only once"),
+    ({"loss_fn": None}, AttachError, "neither loss_fn nor loss"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED)
+def test_what_cannot_be_is_refused(
+    trained: nn.Module, changes: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        shrunk(trained, **changes)
+
+
+def test_a_network_without_groups_is_refused() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(NothingToResizeError, match="no channel group"):
+        shrunk(flat)
+
+
+def test_nothing_is_inserted_whatever_the_policy_allows(trained: nn.Module) -> None:
+    network = shrunk(trained, policy=Auto(limits=Limits(offer=0.5)), reviews=2)
+    assert count_macs(network, X) <= count_macs(trained, X)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A norm behind a layer whose output can be moved and stretched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = 1.0, 0.0
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x * self.gain + self.shift)
+        return out
+
+
+def test_corrected_statistics_move_as_the_batches_say_and_not_to_them() -> None:
+    torch.manual_seed(0)
+    model = Scaled()
+    assert isinstance(model.norm.running_mean, Tensor) and isinstance(model.norm.running_var, Tensor)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    mean, var = model.norm.running_mean.clone(), model.norm.running_var.clone()
+    batches = [(torch.randn(8, 3, 4, 4), torch.zeros(8)) for _ in range(3)]
+    loss = of_pairs(lambda out, y: out.mean())
+    shifts = norm_shifts(model, batches, loss, among=frozenset(model.modules()))
+    with corrected_norms(model, batches, loss, shifts):
+        torch.testing.assert_close(model.norm.running_mean, mean)  # nothing has changed, nothing is changed
+        torch.testing.assert_close(model.norm.running_var, var)
+    model.gain, model.shift = 2.0, 0.7
+    pixels = torch.cat([x for x, _ in batches]).transpose(0, 1).flatten(1)
+    with corrected_norms(model, batches, loss, shifts):
+        torch.testing.assert_close(model.norm.running_mean, mean + pixels.mean(1) + 0.7)
+        torch.testing.assert_close(model.norm.running_var, var * 4, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.norm.running_mean, mean) and torch.equal(model.norm.running_var, var)
+
+
+def test_norms_keep_what_training_found_where_batches_are_of_something_else(trained: nn.Module) -> None:
+    """The probe is brighter than anything that training saw: precise statistics follow, corrected ones do not."""
+    batches = [(x * 2 + 2, y) for x, y in DIGITS.training_batches(64, seed=0)]
+    found = {
+        norms: accuracy(shrunk(trained, batches=batches, policy=Budget(macs=0.9), reviews=1, norms=norms))
+        for norms in ("corrected", "precise")
+    }
+    assert found["corrected"] > found["precise"] + 0.05
+
+
+def test_a_trial_measures_what_the_removal_leaves(trained: nn.Module) -> None:
+    (scored, held_out), network = list(DIGITS.training_batches(256, seed=0))[:2], copy.deepcopy(trained)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(network.eval()(held_out[0]), held_out[1]))
+
+    before = loss()
+    history = shrink_(
+        network, example_inputs=X, batches=[scored, held_out], loss_fn=F.cross_entropy, policy=Budget(macs=0.8),
+        reviews=1, effort=Effort(probe_samples=256, audit_samples=256),
+    )  # fmt: skip
+    (event,) = history
+    assert event.measured is not None and event.removed
+    assert event.measured == pytest.approx(loss() - before, abs=1e-4)
