@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +16,18 @@ from torch import Tensor, nn
 from autowidth import Auto, Budget, Effort, Limits, Never, count_macs, shrink_
 from autowidth.attach import AttachError, NothingToResizeError
 from autowidth.lab.data import load
+from autowidth.lab.evaluating import evaluate_run
 from autowidth.lab.loop import evaluate
 from autowidth.lab.models import build
+from autowidth.lab.settings import settings_of
+from autowidth.lab.shrinking import HoldoutError, Shrunk, shrink
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
 from autowidth.review.state import corrected_norms, norm_shifts
 from autowidth.shrink import ShrinkError
+from test_cli import program
 
+PUBLISHED = os.environ.get("AUTOWIDTH_PUBLISHED")
 DIGITS = load("digits", holdout=0.2)
 X = torch.zeros(2, 1, 8, 8)
 
@@ -179,3 +187,73 @@ def test_a_trial_measures_what_the_removal_leaves(trained: nn.Module) -> None:
     (event,) = history
     assert event.measured is not None and event.removed
     assert event.measured == pytest.approx(loss() - before, abs=1e-4)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def table(folder: Path, network: nn.Module, **changes: Any) -> dict[str, Any]:
+    torch.save(network.state_dict(), folder / "w.pt")
+    settings = {"model": "resnet8", "width": 0.5, "data": "digits", "weights": folder / "w.pt", "holdout": 0.2}
+    return {**settings, "device": "cpu", "threads": 1, **changes}
+
+
+def test_a_network_shrinks_to_a_target_and_is_a_run(trained: nn.Module, tmp_path: Path) -> None:
+    told: list[Shrunk] = []
+    settings = settings_of(table(tmp_path, trained, out=tmp_path / "run"))
+    found = shrink(settings, policy=Budget(macs=0.75), reviews=2, report=told.append)
+    assert [state.reviews for state in told] == [0, 1, 2] and told[0].accuracy == found.accuracy_start
+    assert found.macs <= 0.75 * found.macs_start and found.widths != found.widths_start
+    saved = evaluate_run(tmp_path / "run")
+    assert (saved.params, saved.accuracy) == (found.params, accuracy(found.network))
+
+
+def test_without_a_target_the_last_step_is_taken_back(trained: nn.Module, tmp_path: Path) -> None:
+    told: list[Shrunk] = []
+    found = shrink(settings_of(table(tmp_path, trained, out=tmp_path / "run")), tolerance=0.02, report=told.append)
+    *most, last = told
+    assert last.accuracy < found.accuracy_start - 0.02, "the end of all steps came first"
+    assert all(state.accuracy >= found.accuracy_start - 0.02 - 1e-9 for state in most)
+    assert (found.accuracy, found.macs, found.widths) == (most[-1].accuracy, most[-1].macs, most[-1].widths)
+    assert found.macs == count_macs(found.network, X) and len(found.history) == found.reviews == len(most) - 1
+    held_out = DIGITS.plain_batches("held_out", 500)
+    assert evaluate(found.network, held_out, torch.contiguous_format)[0] == found.accuracy
+    assert evaluate_run(tmp_path / "run").params == found.params
+
+
+def test_images_are_held_out(trained: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(HoldoutError, match="give a share"):
+        shrink(settings_of(table(tmp_path, trained, holdout=0.0)))
+
+
+def test_the_command_shrinks(trained: nn.Module, tmp_path: Path) -> None:
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    options = ["--weights", str(tmp_path / "w.pt"), "--width", "0.5", "--data", "digits", "--threads", "1"]
+    found = program(
+        "shrink", "resnet8", *options, "--macs", "0.8", "--reviews", "1", "--json", "--out", str(tmp_path / "run")
+    )
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout)
+    assert result["macs"] <= 0.8 * result["macs_start"]
+    assert found.stderr.startswith("resnet8 on digits: held-out accuracy ") and "review 1: held-out" in found.stderr
+    assert f"({result['accuracy_start']:.2%} before)" in found.stderr
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"run.json", "model.safetensors", "history.jsonl"}
+    for wrong, message in (
+        (["--macs", "1.5"], "not below the network that is brought"),
+        (["--macs", "0.5", "--params", "0.5"], "keep one of them"),
+        (["--holdout", "0"], "give a share"),
+    ):
+        refused = program("shrink", "resnet8", *options, *wrong, "--out", str(tmp_path / "other"))
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PUBLISHED is None, reason="AUTOWIDTH_PUBLISHED names no folder")
+def test_a_published_network_keeps_most_of_its_accuracy(tmp_path: Path) -> None:
+    place = Path(PUBLISHED or "")
+    settings = settings_of({
+        "model": "resnet20-padding", "weights": place / "pretrained-cifar10" / "resnet20.safetensors",
+        "data": f"cifar10:{place / 'cifar10-raw'}", "normalize": "imagenet", "holdout": 0.1, "out": tmp_path / "run",
+    })  # fmt: skip
+    shrink(settings, policy=Budget(macs=0.7))
+    assert evaluate_run(tmp_path / "run").accuracy > 0.865

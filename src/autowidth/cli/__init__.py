@@ -1,4 +1,4 @@
-"""The command line: train, eval, predict, inspect, bench."""
+"""The command line: train, shrink, eval, predict, inspect, bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from autowidth.cli import bench, evaluate, inspect, predict, train
+from autowidth.cli import bench, evaluate, inspect, predict, shrink, train
 from autowidth.version import __version__
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ def about(
 
 
 app.command("train", epilog=train.EXAMPLES)(train.command)
+app.command("shrink", epilog=shrink.EXAMPLES)(shrink.command)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("predict", epilog=predict.EXAMPLES)(predict.command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)

@@ -1,0 +1,172 @@
+"""A trained network made smaller on an image set: to a target, or as far as held-out accuracy allows."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autowidth.channels import ChannelMap
+from autowidth.checkpoint import save
+from autowidth.errors import AutoWidthError
+from autowidth.history import History
+from autowidth.lab.data import ImageSet
+from autowidth.lab.loop import EVALUATED, PROBED, cpu_threads, evaluate
+from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
+from autowidth.lab.saved import description
+from autowidth.lab.settings import Settings
+from autowidth.policy import Budget, BudgetError, Policy
+from autowidth.review.batches import of_pairs
+from autowidth.review.review import Reviewer
+from autowidth.shrink import STEPS, review_, reviewer_of, untrained
+
+STEP = 0.9
+"""Share of the MACs that a step leaves where no target is given."""
+
+MOST = 20
+"""Steps where no target is given: at most down to an eighth of the MACs."""
+
+
+class HoldoutError(AutoWidthError, ValueError):
+    """No images are held out, on which it could be seen how far to go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrunk:
+    """How a network stands while it is made smaller, and what came out. Accuracy is a share, on held-out images."""
+
+    model: str
+    data: str
+    images: int
+    reviews: int
+    accuracy_start: float
+    accuracy: float
+    macs_start: int
+    macs: int
+    params_start: int
+    params: int
+    widths_start: dict[str, int]
+    widths: dict[str, int]
+    seconds: float
+    out: str | None
+    network: nn.Module = field(repr=False, compare=False)
+    channel_map: ChannelMap = field(repr=False, compare=False)
+    history: History = field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """All that JSON can hold; of the history, its digest."""
+        names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
+        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}
+
+
+def _nobody(shrunk: Shrunk) -> None:
+    """Tells nobody."""
+
+
+def shrink(
+    settings: Settings,
+    *,
+    policy: Policy | None = None,
+    reviews: int = 3,
+    tolerance: float = 0.005,
+    report: Callable[[Shrunk], None] = _nobody,
+) -> Shrunk:
+    """Makes the network of the settings, with their weights, smaller; with `out` set, writes it there as a run.
+
+    With a policy it ends where that says, in so many reviews. Without one it goes on in steps of a tenth of the MACs
+    while held-out accuracy is at most `tolerance` below that of the start, and takes the last step back. `report` is
+    called at the start and after every step. Held-out images are set apart from the reviews, not from whoever trained
+    the network: of a network that knows its training images by heart they say little.
+
+    Raises HoldoutError, what `train` raises before training, and what `autowidth.shrink_` raises.
+    """
+    if not settings.holdout:
+        raise HoldoutError("holdout is 0, and held-out images say how far to go: give a share, such as 0.1")
+    if settings.out is not None:
+        check_folder(settings.out)
+    device = find_device(settings.device)
+    images = load_images(settings).to(device)
+    torch.manual_seed(settings.seed)
+    network = build_network(settings, images).to(device).eval()
+    with cpu_threads(settings.threads):
+        work = _Work(settings, images, network, None if policy is None else untrained(policy, reviews))
+        result = work.until(None if policy is not None else tolerance, report)
+    if settings.out is not None:
+        extra = description(settings, images) | {"result": result.as_json()}
+        save(settings.out, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
+    return result
+
+
+class _Work:
+    """The network that is made smaller, and what it was."""
+
+    def __init__(self, settings: Settings, images: ImageSet, network: nn.Module, policy: Policy | None) -> None:
+        self.settings, self.images, self.began = settings, images, time.perf_counter()
+        self.reviewer = self._reviewer(network, policy) if policy is not None else self._stepping(network)
+        self.macs_start, self.params_start = self.reviewer.macs, self.reviewer.params
+        self.accuracy_start = self.accuracy()
+
+    def _reviewer(self, network: nn.Module, policy: Policy) -> Reviewer:
+        """What reviews the network, on training images as training sees them."""
+        images, settings = self.images, self.settings
+        example = torch.zeros(2, *images.image_shape, device=images.train.labels.device)
+        at_once = min(PROBED, len(images.train))
+        return reviewer_of(
+            network, example_inputs=example, batches=images.training_batches(at_once, seed=settings.seed),
+            loss=of_pairs(F.cross_entropy), policy=policy, effort=settings.effort, norms="corrected",
+            seed=settings.seed,
+        )  # fmt: skip
+
+    def _stepping(self, network: nn.Module) -> Reviewer:
+        """The same for steps of equal shares, as many as the least widths allow."""
+        for count in range(MOST, 1, -1):
+            try:
+                return self._reviewer(network, untrained(Budget(macs=STEP**count), count))
+            except BudgetError:
+                continue
+        return self._reviewer(network, untrained(Budget(macs=STEP), 1))
+
+    def until(self, tolerance: float | None, report: Callable[[Shrunk], None]) -> Shrunk:
+        """All reviews, or those that cost at most this much held-out accuracy."""
+        last = self.result(self.accuracy_start)
+        report(last)
+        for step in self.reviewer.policy.reviews(STEPS):
+            if tolerance is not None:
+                before = copy.deepcopy(self.reviewer.model)
+            review_(self.reviewer, step)
+            now = self.result(self.accuracy())
+            report(now)
+            if tolerance is not None and self.accuracy_start - now.accuracy > tolerance + 1e-9:
+                self.reviewer.history.retract(self.reviewer.history.events[-1])
+                return self._with(last, before)
+            last = now
+        return last
+
+    def _with(self, last: Shrunk, network: nn.Module) -> Shrunk:
+        """The state before the last step."""
+        known = {f.name: getattr(last, f.name) for f in fields(last)}
+        seconds = time.perf_counter() - self.began
+        return Shrunk(**known | {"network": network, "history": self.reviewer.history, "seconds": seconds})
+
+    def accuracy(self) -> float:
+        """The share of held-out images that are classified rightly."""
+        batches = self.images.plain_batches("held_out", min(EVALUATED, self.settings.batch_size * 8))
+        return evaluate(self.reviewer.model, batches, torch.contiguous_format)[0]
+
+    def result(self, accuracy: float) -> Shrunk:
+        """How the network stands now."""
+        settings, reviewer = self.settings, self.reviewer
+        return Shrunk(
+            model=settings.model, data=self.images.name, images=len(self.images.part("held_out")),
+            reviews=len(reviewer.history), accuracy_start=self.accuracy_start, accuracy=accuracy,
+            macs_start=self.macs_start, macs=reviewer.macs, params_start=self.params_start, params=reviewer.params,
+            widths_start=reviewer.history.widths_start, widths=reviewer.channel_map.widths,
+            seconds=time.perf_counter() - self.began, out=None if settings.out is None else str(settings.out),
+            network=reviewer.model, channel_map=reviewer.channel_map, history=reviewer.history,
+        )  # fmt: skip
