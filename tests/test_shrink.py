@@ -17,7 +17,7 @@ from autowidth import Auto, Budget, Effort, Limits, Never, count_macs, shrink_
 from autowidth.attach import AttachError, NothingToResizeError
 from autowidth.lab.data import load
 from autowidth.lab.evaluating import evaluate_run
-from autowidth.lab.loop import evaluate
+from autowidth.lab.loop import cpu_threads, evaluate
 from autowidth.lab.models import build
 from autowidth.lab.settings import settings_of
 from autowidth.lab.shrinking import HoldoutError, Shrunk, shrink
@@ -219,6 +219,15 @@ def test_without_a_target_the_last_step_is_taken_back(trained: nn.Module, tmp_pa
     held_out = DIGITS.plain_batches("held_out", 500)
     assert evaluate(found.network, held_out, torch.contiguous_format)[0] == found.accuracy
     assert evaluate_run(tmp_path / "run").params == found.params
+
+
+def test_small_images_take_one_thread(trained: nn.Module, tmp_path: Path) -> None:
+    told: list[int] = []
+    with cpu_threads(3):
+        settings = settings_of(table(tmp_path, trained, threads=None))
+        shrink(settings, policy=Budget(macs=0.9), reviews=1, report=lambda _: told.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 3
+    assert told == [1, 1]
 
 
 def test_images_are_held_out(trained: nn.Module, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from autowidth.cost import count_macs
 from autowidth.lab.data import DataError, ImageSet, Pictures
-from autowidth.lab.loop import EVALUATED, cpu_threads, evaluate
+from autowidth.lab.loop import EVALUATED, cpu_threads, evaluate, threads_of
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.saved import Opened, open_run
 from autowidth.lab.settings import Settings
@@ -91,7 +91,7 @@ def _evaluated(name: str, network: nn.Module, images: ImageSet, settings: Settin
     at_once = settings.batch_size if isinstance(images.test.images, Pictures) else EVALUATED
     example = torch.zeros(1, *images.image_shape, device=device)
     began = time.perf_counter()
-    with cpu_threads(settings.threads):
+    with cpu_threads(threads_of(settings, images)):
         accuracy, loss = evaluate(network, images.plain_batches("test", at_once), torch.contiguous_format)
     return Evaluation(
         model=name, data=images.name, part="test", images=len(images.test), accuracy=accuracy, loss=loss,

@@ -60,7 +60,7 @@ PULSE = 20
 """Batches between two looks at the loss. A look waits for the accelerator, so it is not taken after every batch."""
 
 SMALL = 16
-"""Images with fewer pixels on a side are trained in one thread if nothing else is asked for: several threads gain
+"""Images with fewer pixels on a side are worked on in one thread if nothing else is asked for: several threads gain
 little on them, and on a busy machine they wait for each other most of the time."""
 
 
@@ -112,7 +112,7 @@ def train(
     device = find_device(settings.device)
     images = (images or load_images(settings)).to(device)
     _seed_everything(settings.seed)
-    with cpu_threads(settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)), _fitted_convolutions():
+    with cpu_threads(threads_of(settings, images)), _fitted_convolutions():
         network = (network or build_network(settings, images)).to(device)
         run = _Run(settings, images, network, method or Method())
         try:
@@ -332,6 +332,11 @@ def evaluate(
             count += len(y)
     right_ones, total = sum(sums[1:], start=sums[0]).tolist()
     return right_ones / count, total / count
+
+
+def threads_of(settings: Settings, images: ImageSet) -> int | None:
+    """The CPU threads to work with: those of the settings, else one where the images are small, else torch's own."""
+    return settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from autowidth.checkpoint import save
 from autowidth.errors import AutoWidthError
 from autowidth.history import History
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop import EVALUATED, PROBED, cpu_threads, evaluate
+from autowidth.lab.loop import EVALUATED, PROBED, cpu_threads, evaluate, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.saved import description
 from autowidth.lab.settings import Settings
@@ -94,7 +94,7 @@ def shrink(
     images = load_images(settings).to(device)
     torch.manual_seed(settings.seed)
     network = build_network(settings, images).to(device).eval()
-    with cpu_threads(settings.threads):
+    with cpu_threads(threads_of(settings, images)):
         work = _Work(settings, images, network, None if policy is None else untrained(policy, reviews))
         result = work.until(None if policy is not None else tolerance, report)
     if settings.out is not None:
