@@ -32,14 +32,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from autowidth.checkpoint import save
 from autowidth.engine import AutoWidth
 from autowidth.errors import AutoWidthError
 from autowidth.lab.baselines.registry import TrainingRule
 from autowidth.lab.data import Batches, ImageSet, Pictures
 from autowidth.lab.prepare import ModelError, build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
-from autowidth.lab.saved import description
+from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
 from autowidth.lab.weights import WeightsError
 from autowidth.policy import Budget, Policy
@@ -122,8 +121,7 @@ def train(
             raise
         result = run.result()
     if settings.out is not None:
-        extra = description(settings, images) | {"result": result.as_json()}
-        save(settings.out, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
+        save_run(settings.out, settings, images, result)
     return result
 
 

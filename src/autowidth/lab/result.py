@@ -52,7 +52,21 @@ def silent(progress: Progress) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Resized:
+    """A network with its new widths, its channel map and what was done to it. A run is written of it."""
+
+    network: nn.Module = field(repr=False, compare=False)
+    channel_map: ChannelMap = field(repr=False, compare=False)
+    history: History = field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """All that JSON can hold: everything but the network and its channel map; of the history, its digest."""
+        names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
+        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result(Resized):
     """What a run ended with. Accuracy is a share, loss in nats per image, MACs those of one image.
 
     `part` says on which images accuracy and loss were measured. `accuracy_start` is that of weights that were brought,
@@ -90,11 +104,3 @@ class Result:
     widths_start: dict[str, int]
     widths: dict[str, int]
     out: str | None
-    network: nn.Module = field(repr=False, compare=False)
-    channel_map: ChannelMap = field(repr=False, compare=False)
-    history: History = field(repr=False, compare=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """All that JSON can hold: everything but the network and its channel map; of the history, its digest."""
-        names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
-        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}

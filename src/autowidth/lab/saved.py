@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from autowidth.channels import ChannelMap
-from autowidth.checkpoint import Run, load_, read_run
+from autowidth.checkpoint import Run, load_, read_run, save
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
 from autowidth.lab.prepare import built
+from autowidth.lab.result import Resized
 from autowidth.lab.scaling import Scaling
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.version import __version__
@@ -34,6 +35,12 @@ def description(settings: Settings, images: ImageSet) -> dict[str, Any]:
         "normalization": {"mean": list(images.mean), "std": list(images.std)},
         "settings": settings.model_dump(mode="json"),
     }
+
+
+def save_run(path: str | os.PathLike[str], settings: Settings, images: ImageSet, result: Resized) -> None:
+    """Writes a run that `open_run` can read. Raises what `autowidth.save` raises."""
+    extra = description(settings, images) | {"result": result.as_json()}
+    save(path, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
 
 
 @dataclass(frozen=True, kw_only=True)

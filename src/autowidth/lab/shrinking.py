@@ -5,21 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autowidth.channels import ChannelMap
-from autowidth.checkpoint import save
 from autowidth.errors import AutoWidthError
-from autowidth.history import History
 from autowidth.lab.data import ImageSet
 from autowidth.lab.loop import EVALUATED, PROBED, cpu_threads, evaluate, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
-from autowidth.lab.saved import description
+from autowidth.lab.result import Resized
+from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
 from autowidth.policy import Budget, BudgetError, Policy
 from autowidth.review.batches import of_pairs
@@ -38,7 +35,7 @@ class HoldoutError(AutoWidthError, ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shrunk:
+class Shrunk(Resized):
     """How a network stands while it is made smaller, and what came out. Accuracy is a share, on held-out images."""
 
     model: str
@@ -55,14 +52,6 @@ class Shrunk:
     widths: dict[str, int]
     seconds: float
     out: str | None
-    network: nn.Module = field(repr=False, compare=False)
-    channel_map: ChannelMap = field(repr=False, compare=False)
-    history: History = field(repr=False, compare=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """All that JSON can hold; of the history, its digest."""
-        names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
-        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}
 
 
 def _nobody(shrunk: Shrunk) -> None:
@@ -98,8 +87,7 @@ def shrink(
         work = _Work(settings, images, network, None if policy is None else untrained(policy, reviews))
         result = work.until(None if policy is not None else tolerance, report)
     if settings.out is not None:
-        extra = description(settings, images) | {"result": result.as_json()}
-        save(settings.out, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
+        save_run(settings.out, settings, images, result)
     return result
 
 
@@ -150,9 +138,7 @@ class _Work:
 
     def _with(self, last: Shrunk, network: nn.Module) -> Shrunk:
         """The state before the last step."""
-        known = {f.name: getattr(last, f.name) for f in fields(last)}
-        seconds = time.perf_counter() - self.began
-        return Shrunk(**known | {"network": network, "history": self.reviewer.history, "seconds": seconds})
+        return replace(last, network=network, seconds=time.perf_counter() - self.began)
 
     def accuracy(self) -> float:
         """The share of held-out images that are classified rightly."""
