@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from autowidth.cost import count_macs
-from autowidth.lab.data import DataError, ImageSet, Pictures
-from autowidth.lab.loop import EVALUATED, cpu_threads, evaluate, threads_of
+from autowidth.lab.data import DataError, ImageSet
+from autowidth.lab.loop import cpu_threads, evaluate, evaluated_at_once, threads_of
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.saved import Opened, open_run
 from autowidth.lab.settings import Settings
@@ -88,7 +88,7 @@ def _evaluated(name: str, network: nn.Module, images: ImageSet, settings: Settin
     """What the network does on the test images, on the device of the settings."""
     device = find_device(settings.device)
     images, network = images.to(device), network.to(device)
-    at_once = settings.batch_size if isinstance(images.test.images, Pictures) else EVALUATED
+    at_once = evaluated_at_once(settings, images)
     example = torch.zeros(1, *images.image_shape, device=device)
     began = time.perf_counter()
     with cpu_threads(threads_of(settings, images)):

@@ -151,8 +151,7 @@ class _Run:
             network, multi_avg_fn=self._follow, use_buffers=True
         )  # fmt: skip
         self.outcome = network if self.average is None else self.average.module
-        streams = isinstance(images.train.images, Pictures)
-        self.at_once = settings.batch_size if streams else EVALUATED  # large images may not fit in more
+        self.at_once = evaluated_at_once(settings, images)
         self.ruled = max(policy.reviews(self.total_steps), default=self.total_steps) if self.rule else 0
         self.engine = self._attached(policy, method)
         self.accuracy: float | None = None
@@ -335,6 +334,12 @@ def evaluate(
 def threads_of(settings: Settings, images: ImageSet) -> int | None:
     """The CPU threads to work with: those of the settings, else one where the images are small, else torch's own."""
     return settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)
+
+
+def evaluated_at_once(settings: Settings, images: ImageSet) -> int:
+    """The images to evaluate together: a batch where they are read as they are used, for large ones may not fit."""
+    streams = any(isinstance(split.images, Pictures) for split in (images.train, images.test))
+    return settings.batch_size if streams else EVALUATED
 
 
 @contextmanager
