@@ -17,12 +17,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autowidth import checkpoint
 from autowidth.channels import ChannelGroup, ChannelMap, IndexMap, ParamAxis, Place
 from autowidth.checkpoint import CheckpointError, Run, load_, read_run, save
+from autowidth.checkpoint.fitting import Shown, solve
 from autowidth.history import Event, History
 from autowidth.surgery import apply_
 from autowidth.trace import trace
@@ -295,23 +296,28 @@ def woven_run(widths: dict[str, int] | None, there: ChannelMap) -> Run:
                events=None, token="0" * 16)  # fmt: skip
 
 
+def solved(run: Run, channel_map: ChannelMap) -> dict[str, int]:
+    shown = Shown(what=f"run {run.folder}", shapes=run.shapes, widths=run.widths or {})
+    return solve(shown, channel_map)
+
+
 def test_where_shapes_leave_a_choice_the_recorded_widths_decide() -> None:
     here, there = woven(p=4, q=4, r=4, s=4), woven(p=2, q=5, r=6, s=3)
-    assert checkpoint._solve(woven_run(there.widths, there), here) == there.widths
+    assert solved(woven_run(there.widths, there), here) == there.widths
     with pytest.raises(CheckpointError, match="leave the width of 'p' open: save with channel_map="):
-        checkpoint._solve(woven_run(None, there), here)
-    assert checkpoint._solve(woven_run(None, here), here) == here.widths
+        solved(woven_run(None, there), here)
+    assert solved(woven_run(None, here), here) == here.widths
 
 
 @given(st.fixed_dictionaries({name: st.integers(1, 9) for name in WEAVE}), st.sampled_from(list(WEAVE)))
 def test_widths_that_do_not_fit_are_refused(widths: dict[str, int], name: str) -> None:
     here, there = woven(p=4, q=4, r=4, s=4), woven(**widths)
     run = woven_run(there.widths, there)
-    assert checkpoint._solve(run, here) == widths
+    assert solved(run, here) == widths
     weight = WEAVE[name][0]
     longer = replace(run, shapes=run.shapes | {weight: (run.shapes[weight][0] + 1,)})
     with pytest.raises(CheckpointError, match="is of another network"):
-        checkpoint._solve(longer, here)
+        solved(longer, here)
 
 
 # ---- run.json and the history ----------------------------------------------------------------------------------------
@@ -400,10 +406,8 @@ def crashed_save(
 ) -> bool:
     """Saves on this disk; whether the process lived to the end."""
     with monkeypatch.context() as patch:
-        for name in ("replace", "fsync", "unlink", "mkdir"):
+        for name in ("replace", "fsync", "unlink", "mkdir", "write", "open", "close"):
             patch.setattr(os, name, disk.guard(getattr(os, name)))
-        patch.setattr(checkpoint, "save_file", disk.guard(save_file))
-        patch.setattr(Path, "write_text", disk.guard(Path.write_text))
         try:
             save(folder, model, history=history, extra=extra)
         except Crash:

@@ -13,12 +13,20 @@ from typing import Any
 
 from autowidth.channels import FRESH, IndexMap
 from autowidth.errors import AutoWidthError
+from autowidth.history_lines import is_count, wrong_entry
+from autowidth.reading import ReadError, read_bytes, strict_json
 
 SCHEMA = 2
 """Version of the file format. A reader takes older ones, and refuses a file of a newer version.
 
 1: the cost aimed at was `target_macs`, whatever its unit; predictions were `announced`.
 """
+
+LIMIT = 1 << 28
+"""Bytes of a history file that are read: some thousand reviews of the largest networks."""
+
+LINE_VALUES = 2_000_000
+"""Values that a line may hold: an index map has one for each channel."""
 
 PARTS = ("probe", "audit", "decide", "surgery")
 """What the time of a review is spent on."""
@@ -198,30 +206,45 @@ class History:
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             with temporary.open("wb") as file:
-                file.write(_line({"schema": SCHEMA, "widths_start": self._widths_start}))
-                file.writelines(_line(_event_to_json(event)) for event in self._events)
+                file.writelines(self.lines())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
+    def lines(self) -> Iterator[bytes]:
+        """What a history file holds: a header, then one line per event."""
+        yield _line({"schema": SCHEMA, "widths_start": self._widths_start})
+        yield from (_line(_event_to_json(event)) for event in self._events)
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> History:
         """The record that was written to `path`. It is not attached: later events stay in memory until you attach it.
 
         A last line that a crash cut short is dropped with a warning. Raises FileNotFoundError, and HistoryError where
-        another line is damaged or the format is newer than this version of the package.
+        another line is damaged, the format is newer than this version of the package, or `path` is no file.
         """
-        header, *lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+        if not os.path.lexists(path):
+            raise FileNotFoundError(f"history {path}: there is no such file")
+        try:
+            data = read_bytes(Path(path), limit=LIMIT)
+        except ReadError as error:
+            raise HistoryError(f"history {error}") from error
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: str | os.PathLike[str]) -> History:
+        """The record in the content of a file; errors and warnings name the path. Raises HistoryError as `read`."""
+        header, *lines = data.rstrip(b"\n").split(b"\n")
         schema, widths = _header(path, header)
         history = cls(widths)
-        if lines and not _is_json(lines[-1]):
+        if lines and not data.endswith(b"\n") and not _is_json(lines[-1]):
             lines.pop()
-            warnings.warn(f"history {path}: dropped the last line, which a crash cut short", stacklevel=2)
+            warnings.warn(f"history {path}: dropped the last line, which a crash cut short", stacklevel=3)
         for number, line in enumerate(lines, start=2):
             try:
-                history.append(_event_from_json(_upgraded(json.loads(line), schema)))
+                history.append(_event_from_json(_upgraded(_parsed(line), schema)))
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 raise HistoryError(f"history {path}, line {number} is damaged: no event ({error})") from error
         return history
@@ -341,10 +364,18 @@ def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises ReadError, which is a ValueError, where it is none, or dubious."""
+    record = strict_json(line, "the line", most=LINE_VALUES)
+    if not isinstance(record, dict):
+        raise ReadError("the line is no JSON object")
+    return record
+
+
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -352,15 +383,19 @@ def _is_json(line: bytes) -> bool:
 def _header(path: str | os.PathLike[str], line: bytes) -> tuple[int, dict[str, int]]:
     """The format and the starting widths of the file's first line. Raises HistoryError."""
     try:
-        header = json.loads(line)
-        schema, widths = int(header["schema"]), header.get("widths_start")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HistoryError(f"history {path}, line 1: no header with a schema version; it is no history file") from error
+        header = _parsed(line)
+    except ReadError as error:
+        raise HistoryError(
+            f"history {path}, line 1: no header with a schema version ({error}); it is no history file"
+        ) from error
+    schema, widths = header.get("schema"), header.get("widths_start")
+    if type(schema) is not int or schema < 1:
+        raise HistoryError(f"history {path}, line 1: no header with a schema version; it is no history file")
     if schema > SCHEMA:
         raise HistoryError(
             f"history {path} has format {schema}, this version reads up to {SCHEMA}: install a newer autowidth"
         )
-    if not isinstance(widths, dict):
+    if not isinstance(widths, dict) or not all(map(is_count, widths.values())):
         raise HistoryError(f"history {path}, line 1: the header has no widths_start; the file is damaged")
     return schema, widths
 
@@ -389,6 +424,8 @@ def _event_from_json(record: dict[str, Any]) -> Event:
     """The event of one line; raises KeyError, TypeError, ValueError or AttributeError where it is none."""
     if missing := set(_FIELDS) - record.keys():
         raise KeyError(f"{min(missing)} is missing")
+    if (wrong := wrong_entry(record)) is not None:
+        raise ValueError(f"its {wrong} is not what it can be")
     fidelity = record["fidelity"]
     decoded = {
         "maps": {group: IndexMap(tuple(m["source"]), m["size"]) for group, m in record["maps"].items()},
