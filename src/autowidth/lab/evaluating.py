@@ -14,7 +14,7 @@ from torch import nn
 
 from autowidth.cost import count_macs
 from autowidth.lab.data import DataError, ImageSet
-from autowidth.lab.loop import cpu_threads, evaluate, evaluated_at_once, threads_of
+from autowidth.lab.loop_parts import cpu_threads, evaluate, evaluated_at_once, threads_of
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.saved import Opened, open_run
 from autowidth.lab.settings import Settings

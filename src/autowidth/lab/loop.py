@@ -16,15 +16,12 @@ The order of events:
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,8 +32,21 @@ from torch.optim.swa_utils import AveragedModel
 from autowidth.engine import AutoWidth
 from autowidth.errors import AutoWidthError
 from autowidth.lab.baselines.registry import TrainingRule
-from autowidth.lab.data import Batches, ImageSet, Pictures
-from autowidth.lab.prepare import ModelError, build_network, check_folder, find_device, load_images
+from autowidth.lab.data import ImageSet
+from autowidth.lab.loop_parts import (
+    PROBED,
+    compiled,
+    cpu_threads,
+    decayed_and_not,
+    evaluate,
+    evaluated_at_once,
+    fitted_convolutions,
+    one_cycle,
+    probe_batches,
+    seed_everything,
+    threads_of,
+)
+from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
 from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
@@ -49,18 +59,8 @@ class DivergedError(AutoWidthError, FloatingPointError):
     """A loss that is not finite."""
 
 
-EVALUATED = 1000
-"""Images that are evaluated at once."""
-
-PROBED = 256
-"""Images that a review looks at together."""
-
 PULSE = 20
 """Batches between two looks at the loss. A look waits for the accelerator, so it is not taken after every batch."""
-
-SMALL = 16
-"""Images with fewer pixels on a side are worked on in one thread if nothing else is asked for: several threads gain
-little on them, and on a busy machine they wait for each other most of the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +110,8 @@ def train(
         check_folder(settings.out)
     device = find_device(settings.device)
     images = (images or load_images(settings)).to(device)
-    _seed_everything(settings.seed)
-    with cpu_threads(threads_of(settings, images)), _fitted_convolutions():
+    seed_everything(settings.seed)
+    with cpu_threads(threads_of(settings, images)), fitted_convolutions():
         network = (network or build_network(settings, images)).to(device)
         run = _Run(settings, images, network, method or Method())
         try:
@@ -286,107 +286,6 @@ def _check_growth(policy: Policy) -> None:
             f"{policy} asks for a larger network than the one whose weights are brought: give at most 1, or train "
             "from fresh weights"
         )
-
-
-# ---- its parts -------------------------------------------------------------------------------------------------------
-
-
-def one_cycle(progress: float, warmup: float) -> float:
-    """Share of the peak learning rate after this share of the run: a straight rise, then half a cosine down to 0."""
-    if progress < warmup:
-        return progress / warmup
-    return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
-
-
-def decayed_and_not(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weights with decay, and norms and biases (one dim or none) without."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def probe_batches(images: ImageSet, seed: int, batch_size: int = PROBED) -> Batches:
-    """Training images for reviews: not augmented, and shuffled by a generator that training does not share."""
-    return Batches(
-        images.train, batch_size=min(batch_size, len(images.train)), mean=images.mean, std=images.std, seed=seed + 2**32
-    )
-
-
-def evaluate(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], memory_format: torch.memory_format
-) -> tuple[float, float]:
-    """(Share of images that are classified rightly, mean cross-entropy in nats), in evaluation mode and float32."""
-    network.eval()
-    sums: list[Tensor] = []  # read at the end: a look at each would wait for the accelerator
-    count = 0
-    with torch.no_grad():
-        for x, y in batches:
-            scores = network(x.contiguous(memory_format=memory_format)).float()
-            right = (scores.argmax(1) == y).sum()
-            sums.append(torch.stack([right, F.cross_entropy(scores, y, reduction="sum")]).double())
-            count += len(y)
-    right_ones, total = sum(sums[1:], start=sums[0]).tolist()
-    return right_ones / count, total / count
-
-
-def threads_of(settings: Settings, images: ImageSet) -> int | None:
-    """The CPU threads to work with: those of the settings, else one where the images are small, else torch's own."""
-    return settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)
-
-
-def evaluated_at_once(settings: Settings, images: ImageSet) -> int:
-    """The images to evaluate together: a batch where they are read as they are used, for large ones may not fit."""
-    streams = any(isinstance(split.images, Pictures) for split in (images.train, images.test))
-    return settings.batch_size if streams else EVALUATED
-
-
-@contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """This many CPU threads, and afterwards as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _fitted_convolutions() -> Iterator[None]:
-    """Lets cuDNN time its algorithms for every new shape, and afterwards is as it was. Without effect on a CPU.
-
-    Between two reviews all shapes stay the same, so that what the search takes is soon won back.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def compiled(loss_of: Callable[[Tensor, Tensor], Tensor], model: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same function, compiled for each shape when it is first called. Calls raise ModelError where it cannot be."""
-    from torch._dynamo.exc import TorchDynamoException  # here: half a second to import
-
-    quick = torch.compile(loss_of, dynamic=False)
-
-    def called(x: Tensor, y: Tensor) -> Tensor:
-        try:
-            return quick(x, y)
-        except TorchDynamoException as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"torch cannot compile {model} here: {reason}; train with compile = false") from error
-
-    return called
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _finite(loss: float, what: str, step: int, lr: float) -> float:

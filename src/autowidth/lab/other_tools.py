@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autowidth.cost import count_macs, macs_cost
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop import probe_batches
+from autowidth.lab.loop_parts import probe_batches
 from autowidth.lab.models import initialise, spec
 from autowidth.policy import BudgetError
 from autowidth.trace import trace

@@ -13,7 +13,7 @@ from torch import nn
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop import EVALUATED, PROBED, cpu_threads, evaluate, threads_of
+from autowidth.lab.loop_parts import EVALUATED, PROBED, cpu_threads, evaluate, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run

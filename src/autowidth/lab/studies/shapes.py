@@ -33,7 +33,8 @@ import numpy as np
 import torch
 
 from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless
-from autowidth.lab.loop import EVALUATED, Method, evaluate
+from autowidth.lab.loop import Method
+from autowidth.lab.loop_parts import EVALUATED, evaluate
 from autowidth.lab.methods import Task, fresh_network
 from autowidth.lab.prepare import load_images
 from autowidth.lab.result import Result

@@ -21,7 +21,8 @@ from autowidth.engine import AutoWidth
 from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import Batches, ImageSet
-from autowidth.lab.loop import Method, probe_batches, train
+from autowidth.lab.loop import Method, train
+from autowidth.lab.loop_parts import probe_batches
 from autowidth.lab.models import spec
 from autowidth.lab.plots import fidelity_plot
 from autowidth.lab.policies import Watching
