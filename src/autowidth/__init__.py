@@ -6,10 +6,13 @@ from autowidth.cost import count_macs
 from autowidth.engine import AutoWidth, resize_
 from autowidth.errors import AutoWidthError
 from autowidth.history import Event, History
+from autowidth.loaders import Resumable
 from autowidth.policy import Auto, Budget, Limits, Never, Price, Schedule
 from autowidth.review.effort import Effort
 from autowidth.shrink import shrink_
+from autowidth.signals import stop_asked
 from autowidth.trace import trace
+from autowidth.training import resume_, save_training, saved_trainings
 from autowidth.version import __version__
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Never",
     "ParamAxis",
     "Price",
+    "Resumable",
     "Run",
     "Schedule",
     "__version__",
@@ -34,7 +38,11 @@ __all__ = [
     "load_",
     "read_run",
     "resize_",
+    "resume_",
     "save",
+    "save_training",
+    "saved_trainings",
     "shrink_",
+    "stop_asked",
     "trace",
 ]

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from autowidth.attach import (
     several,
 )
 from autowidth.channels import ChannelMap, ResizePlan
+from autowidth.engine_state import SCHEMA, StateError, check_made, made_with, restore_, state_of
 from autowidth.history import Event, History
 from autowidth.policy import Auto, Policy
 from autowidth.review.batches import Loss
@@ -106,7 +107,7 @@ class AutoWidth:
         optimizers, policy = several(optimizer), policy or Auto()
         check_kinds(model, optimizers, probe, policy, total_steps)
         channel_map = resizable(model, example_inputs, optimizers, resize_frozen=resize_frozen)
-        self.steps, self.total_steps, steps = 0, total_steps, policy.reviews(total_steps)
+        self.steps, self.total_steps, self._due, steps = 0, total_steps, False, policy.reviews(total_steps)
         self._review_steps = frozenset(steps)
         with quiet(model):  # a shuffled loader draws from the global random state
             batch = first_batch(probe) if steps else None
@@ -134,6 +135,11 @@ class AutoWidth:
     def optimizers(self) -> tuple[Optimizer, ...]:
         """The optimizers that are resized with it."""
         return self._reviewer.optimizers
+
+    @property
+    def followers(self) -> tuple[nn.Module, ...]:
+        """The EMA copies that are resized with it."""
+        return self._reviewer.followers
 
     @property
     def policy(self) -> Policy:
@@ -196,8 +202,13 @@ class AutoWidth:
 
     # ---- what it does
 
-    def step(self) -> Event | None:
-        """Counts one optimizer step. Returns the event of the review, if one took place, else None."""
+    def step(self, *, finite: bool = True) -> Event | None:
+        """Counts one optimizer step. Returns the event of the review, if one took place, else None.
+
+        `finite` says whether the loss and the gradients of the step were: a review that is due waits for a step in
+        which they are. So does one that failed or was interrupted: it is made after the next step. An interrupt that
+        arrives when a review has been made is raised behind it; its event is then the last of `history`.
+        """
         self.steps += 1
         self._progress.steps = self.steps
         if self.steps == self.total_steps + 1:
@@ -206,7 +217,14 @@ class AutoWidth:
                 "run, and none will follow; pass the number of optimizer steps of the whole run",
                 stacklevel=2,
             )
-        return self.review() if self.steps in self._review_steps else None
+        self._due |= self.steps in self._review_steps
+        if not (self._due and finite):
+            return None
+        made = len(self.history)
+        try:
+            return self.review()
+        finally:
+            self._due = len(self.history) == made
 
     def review(self) -> Event:
         """One review: look, judge, decide, try, commit. Gradients are dropped where shapes change.
@@ -214,6 +232,43 @@ class AutoWidth:
         A review that fails leaves model, optimizers, followers and history as they were.
         """
         return self._reviewer.review(self.steps, self.total_steps)
+
+    # ---- what its future depends on
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the future of the engine depends on: tensors, numbers, strings, lists and dicts of them.
+
+        Steps, widths, history, what audits have taught, both generators, the ages of filters, the latency as it was
+        fitted, where the probe stands. Not the content of model, optimizers and followers, which have state dicts.
+        """
+        return {
+            "schema": SCHEMA, "steps": self.steps, "due": self._due, "macs_start": self.macs_start,
+            "params_start": self.params_start, "made_with": made_with(self._reviewer, self.total_steps),
+            **state_of(self._reviewer),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any], *, differing: Collection[str] = ()) -> None:
+        """Goes on where `state_dict` was taken: resizes model, optimizers and followers to the widths of the state.
+
+        The engine is attached to a fresh model, as wide as at the start or of any other widths, and built with the same
+        settings; what differs is refused by name unless `differing` names it, such as "total_steps" for a run that goes
+        on longer. Load the model, the optimizers and the followers after the engine: their shapes are then right.
+
+        Raises StateError for a state that is damaged, too new, of another network or of an engine built otherwise.
+        Everything is then as it was.
+        """
+        if (schema := state.get("schema")) != SCHEMA:
+            raise StateError(f"the state of the engine has format {schema}, this version reads {SCHEMA}")
+        check_made(state["made_with"], made_with(self._reviewer, self.total_steps), differing)
+        if state["steps"] > self.total_steps:
+            raise StateError(f"the state is that of step {state['steps']}, and total_steps is {self.total_steps}")
+        path = self.history.path
+        restore_(self._reviewer, state)
+        if path is not None:
+            self.history.attach(path)
+        self.steps = self._progress.steps = state["steps"]
+        self._due = state["due"]
+        self.macs_start, self.params_start = state["macs_start"], state["params_start"]
 
     def abandon(self) -> None:
         """The run was broken off: that reviews never took place needs no mention."""

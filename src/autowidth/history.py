@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -133,6 +134,8 @@ class History:
     def __init__(self, widths_start: Mapping[str, int], *, path: str | os.PathLike[str] | None = None) -> None:
         self._widths_start = {group: int(width) for group, width in widths_start.items()}
         self._events: list[Event] = []
+        self._header = len(_line({"schema": SCHEMA, "widths_start": self._widths_start}))
+        self._sizes: list[int] = []  # bytes of each event's line
         self._path: Path | None = None
         if path is not None:
             if Path(path).exists():
@@ -166,37 +169,53 @@ class History:
         return self._path
 
     def append(self, event: Event) -> None:
-        """Adds an event at the end; it is on disk on return where the record has a path."""
+        """Adds an event at the end; it is on disk on return where the record has a path. Whole or not at all.
+
+        What a write that failed or a process that died left behind the last event of the file is cut off first, so that
+        no two events share a line. Raises OSError where the disk refuses.
+        """
+        line = _line(_event_to_json(event))
         if self._path is not None:
-            self._append_line(self._path, _line(_event_to_json(event)))
+            self._cut(self._path)
+            try:
+                _add(self._path, line)
+            except BaseException:
+                with contextlib.suppress(OSError):  # the next append cuts first, and so does a reader
+                    os.truncate(self._path, self._length)
+                raise
+        self._sizes[len(self._events) :] = [len(line)]
         self._events.append(event)
 
-    @staticmethod
-    def _append_line(path: Path, line: bytes) -> None:
-        """Adds the line at the end of the file, whole or not at all: a full disk must not leave half of one."""
-        length = path.stat().st_size
-        try:
-            with path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            os.truncate(path, length)
-            raise
+    @property
+    def _length(self) -> int:
+        """Bytes that the header and all events take in the file."""
+        return self._header + sum(self._sizes[: len(self._events)])
+
+    def _cut(self, path: Path) -> None:
+        """Leaves nothing in the file behind the last event; writes it anew where it is shorter or gone."""
+        length = path.stat().st_size if path.is_file() else -1
+        if length > self._length:
+            os.truncate(path, self._length)
+        elif length < self._length:
+            self.write(path)
 
     def retract(self, event: Event) -> None:
         """Takes the event back, on disk too, if it is the last one; else nothing happens.
 
-        For a review that fails after it was recorded. Raises OSError where the disk refuses.
+        For a review that fails after it was recorded. A disk that refuses to give a line back is no error: the next
+        event takes its place.
         """
-        if not self._events or self._events[-1] is not event:
-            return
-        self._events.pop()
+        if self._events and self._events[-1] is event:
+            self._events.pop()
         if self._path is not None:
-            self.write(self._path)
+            with contextlib.suppress(OSError):
+                self._cut(self._path)
 
     def attach(self, path: str | os.PathLike[str]) -> None:
-        """Writes the record to `path`, in place of what is there, and adds every later event to that file."""
+        """Writes the record to `path`, in place of what is there, and adds every later event to that file.
+
+        To go on with the record of a run that was broken off, take up its state first (`autowidth.resume_`).
+        """
         self.write(path)
         self._path = Path(path)
 
@@ -370,6 +389,18 @@ def _parsed(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ReadError("the line is no JSON object")
     return record
+
+
+def _add(path: Path, line: bytes) -> None:
+    """Adds a line at the end of a file, confirmed by the disk. It may be cut short where that raises."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_json(line: bytes) -> bool:

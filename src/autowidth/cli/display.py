@@ -53,6 +53,8 @@ class Lines(Silence):
             self.console.file.flush()
 
     def _line(self, p: Progress) -> str | None:
+        if p.notice is not None:
+            return p.notice
         if p.moment == "start":
             return _opening(self.settings, p)
         if p.moment == "review" and p.event is not None:
@@ -77,6 +79,7 @@ class Screen(Silence):
         )  # fmt: skip
         self.task = self.bar.add_task("epoch", total=settings.epochs)
         self.live = Live(console=console, refresh_per_second=8)
+        self.console = console
 
     def __enter__(self) -> None:
         self.live.__enter__()
@@ -87,6 +90,9 @@ class Screen(Silence):
     def show(self, progress: Progress) -> None:
         """Draws where the run stands."""
         p = progress
+        if p.notice is not None:
+            self.console.print(p.notice, soft_wrap=True, highlight=False, markup=False)
+            return
         self.bar.update(self.task, completed=p.epochs * p.step // p.total_steps)
         figures = Table.grid(padding=(0, 3))
         figures.add_row("loss", "accuracy", "MACs", "parameters", "reviews", style="dim")

@@ -13,6 +13,7 @@ from autowidth.cli.display import closing, console_for, display_for, groups_tabl
 from autowidth.cli.door import door
 from autowidth.lab.loop import train
 from autowidth.lab.policies import from_options
+from autowidth.lab.resuming import settings_to_resume
 from autowidth.lab.settings import Settings, settings_from
 from autowidth.policy import POLICIES
 
@@ -30,6 +31,9 @@ a network of yours on pictures of yours:
   autowidth train --model my_net:Net --data folder:photos
 a trained network, made smaller and trained on:
   autowidth train --model my_net:Net --weights best.pt --data folder:photos --macs 0.5 --lr 0.01
+a run that was broken off, and a finished one that is to go on longer:
+  autowidth train --resume runs/resnet20-digits-0
+  autowidth train --resume runs/resnet20-digits-0 --epochs 200
 settings out of a file, the result for a program:
   autowidth train --config run.toml --seed 1 --json
 
@@ -76,6 +80,13 @@ Rate = Annotated[float | None, option("lr", "--lr")]
 Seed = Annotated[int | None, option("seed", "--seed")]
 Width = Annotated[float | None, option("width", "--width")]
 Out = Annotated[Path | None, typer.Option(help="folder that the run is written to; default runs/MODEL-DATA-SEED")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="go on with the run in this folder, which knows its settings; with --epochs, for longer"),
+]
+SaveEvery = Annotated[float | None, option("save_every", "--save-every")]
+Keep = Annotated[int | None, option("keep", "--keep")]
+Rescue = Annotated[Path | None, option("rescue", "--rescue")]
 Config = Annotated[Path | None, typer.Option(help="file of settings, TOML or JSON; options overrule it")]
 Device = Annotated[str | None, option("device", "--device")]
 Threads = Annotated[int | None, option("threads", "--threads")]
@@ -89,7 +100,8 @@ def command(
     model: Model = None, data: Data = None, macs: Macs = None, params: Params = None, latency: Latency = None,
     latency_ms: LatencyMs = None, price: Price = None, auto: Auto = False, policy: Policy = None, epochs: Epochs = None,
     batch_size: BatchSize = None, lr: Rate = None, seed: Seed = None, width: Width = None, out: Out = None,
-    weights: Weights = None, new_head: NewHead = False, normalize: Normalize = None, config: Config = None,
+    weights: Weights = None, new_head: NewHead = False, normalize: Normalize = None, resume: Resume = None,
+    save_every: SaveEvery = None, keep: Keep = None, rescue: Rescue = None, config: Config = None,
     device: Device = None, threads: Threads = None, no_edit: NoEdit = False, as_json: AsJson = False,
     quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -98,22 +110,24 @@ def command(
     options = {
         "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
         "width": width, "out": out, "device": device, "threads": threads, "weights": weights, "normalize": normalize,
-        "new_head": new_head or None,
+        "new_head": new_head or None, "save_every": save_every, "keep": keep, "rescue": rescue,
     }  # fmt: skip
     with door(debug=debug):
         given = {name: value for name, value in options.items() if value is not None}
         given |= from_options(bounds, price=price, auto=auto, edit=not no_edit, named=policy)
         settings = settings_from(given, config=config)
-        if settings.out is None:
+        if resume is not None:
+            settings = settings_to_resume(resume, settings)
+        elif settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
-        _run(settings, as_json=as_json, quiet=quiet)
+        _run(settings, resume, as_json=as_json, quiet=quiet)
 
 
-def _run(settings: Settings, *, as_json: bool, quiet: bool) -> None:
+def _run(settings: Settings, resume: Path | None, *, as_json: bool, quiet: bool) -> None:
     """Trains, shows how it goes on, prints the result; as JSON on stdout, and the rest on stderr, where asked for."""
     console = console_for(stderr=as_json)
     with (display := display_for(console, settings, quiet=quiet)):
-        result = train(settings, report=display.show)
+        result = train(settings, report=display.show, resume=resume)
     if not quiet:
         console.print(groups_table(result))
     console.print(closing(result), soft_wrap=True, highlight=False)

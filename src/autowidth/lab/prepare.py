@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autowidth.checkpoint import HISTORY, MODEL, RUN
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet, load
+from autowidth.lab.keeping import TRAINING
 from autowidth.lab.models import MODELS, UnknownModelError, resolve, spec
 from autowidth.lab.scaling import scaled_by
 from autowidth.lab.settings import Settings
@@ -133,7 +134,7 @@ def check_folder(out: Path) -> None:
             if folder.is_dir():
                 folder.rmdir()
     # Files with such names are a run, or what a run left whose saving was cut short.
-    if names and not any(file in name for name in names for file in (RUN, MODEL, HISTORY)):
+    if names and not any(file in name for name in names for file in (RUN, MODEL, HISTORY, TRAINING)):
         raise FolderError(
             f"{out} is not empty and holds no {RUN}, so it is no folder of a run: name a new or an empty folder"
         )

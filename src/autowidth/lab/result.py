@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -11,8 +12,11 @@ from torch import nn
 from autowidth.channels import ChannelMap
 from autowidth.history import Event, History
 
-Moment = Literal["start", "batches", "review", "epoch"]
-"""Why a report is made: training is about to start, some batches are done, a review took place, an epoch is over."""
+_log = logging.getLogger(__name__)
+
+Moment = Literal["start", "batches", "review", "epoch", "notice"]
+"""Why a report is made: training is about to start, some batches are done, a review took place, an epoch is over,
+something is to be told that is not as usual."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,7 @@ class Progress:
 
     `data` names splits and class counts in a line. `loss` is the mean training loss of this epoch so far, `accuracy`
     that of the last evaluation, None before it; `accuracy_start` that of weights that were brought, before training.
-    `event` is the last review's, None before the first.
+    `event` is the last review's, None before the first. `notice` is the sentence that is to be told, if one is.
     """
 
     moment: Moment
@@ -41,6 +45,7 @@ class Progress:
     event: Event | None
     reviews: int
     seconds: float
+    notice: str | None = None
 
 
 Report = Callable[[Progress], None]
@@ -48,7 +53,9 @@ Report = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """Tells nobody."""
+    """Tells nobody how a run goes on; what is not as usual is logged."""
+    if progress.notice is not None:
+        _log.warning(progress.notice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,21 @@ class Settings(PolicySettings):
         None, ge=0, description="processes that decode streamed images; not given: one per core, at most 8"
     )
     out: Path | None = Field(None, description="folder that the run is written to; None writes nothing")
+    save_every: float = Field(
+        5.0,
+        ge=0,
+        description="minutes between two saves of the training as it stands; 0: only when it is interrupted and at the "
+        "end",
+    )
+    keep: int = Field(
+        2, ge=0, description="how many of these saves stay; 0 saves none, and what is interrupted is lost"
+    )
+    rescue: Path | None = Field(
+        None, description="folder that is written to where out takes nothing; not given: a temporary one"
+    )
+    bad_steps: int = Field(
+        10, ge=1, description="steps, or evaluations, in a row that are not finite after which the run ends"
+    )
 
 
 Table: TypeAlias = Mapping[str, Any]
