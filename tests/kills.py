@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import multiprocessing
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from composed import composed
 from torch import Tensor, nn
 
 from autowidth import training
@@ -35,6 +35,7 @@ from autowidth.plain_data import taken_apart
 from autowidth.policy import Budget
 from autowidth.review import review
 from autowidth.review.effort import Effort
+from composed import composed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -85,7 +86,7 @@ def run(out: str, marks: str) -> None:
         ((review.Reviewer, "review"), (review, "operate"), (keeping, "save_training")), 1
     ):
         setattr(owner, name, _marking(getattr(owner, name), told, phase))
-    sys.stderr = sys.stdout = open(os.devnull, "w")
+    sys.stderr = sys.stdout = io.StringIO()
     place = Path(out)
     found = unfinished_at(place)
     if found is not None and found.finished:

@@ -76,7 +76,7 @@ def restore_(reviewer: Reviewer, state: Mapping[str, Any]) -> None:
             partial(setattr, reviewer.rng.bit_generator, "state", drawn),
         )
         reviewer.generator.set_state(state["generator"])
-        load_loader_state(reviewer.probe, state["probe"])
+        load_loader_state(reviewer.probe, state["probe"], anew=True)  # a review leaves its pass when it has enough
         _load_own(reviewer.policy, state["policy"])
         _load_own(reviewer.importance, state["importance"])
     if plan and "torch._dynamo" in sys.modules:

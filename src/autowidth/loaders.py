@@ -31,8 +31,12 @@ def loader_state(loader: object) -> dict[str, Any] | None:
     return {"generators": [generator.get_state() for generator in generators]} if generators else None
 
 
-def load_loader_state(loader: object, state: dict[str, Any] | None) -> None:
-    """Goes to where `loader_state` was taken. Raises LoaderError for a state of another kind of loader."""
+def load_loader_state(loader: object, state: dict[str, Any] | None, *, anew: bool = False) -> None:
+    """Goes to where `loader_state` was taken. Raises LoaderError for a state of another kind of loader.
+
+    With `anew` the pass that was going on is over, as that of a `for` which was left: the next one is a new pass. A
+    loader with a state dict has a method `begin_anew` for that.
+    """
     generators, own = _generators(loader), hasattr(loader, "state_dict")
     kept = [] if state is None else state.get("generators", [])
     if own != (state is not None and "state" in state) or len(kept) != (0 if own else len(generators)):
@@ -42,6 +46,8 @@ def load_loader_state(loader: object, state: dict[str, Any] | None) -> None:
         )
     if own:
         loader.load_state_dict(state["state"])  # type: ignore[attr-defined,index]
+        if anew and hasattr(loader, "begin_anew"):
+            loader.begin_anew()
         return
     for generator, content in zip(generators, kept, strict=True):
         generator.set_state(content)
@@ -112,6 +118,10 @@ class Resumable(Generic[T]):
         load_loader_state(self.loader, state["loader"])
         self._batch, self._began = state["batch"], state["began"]
         self._goes_on = self._began is not None
+
+    def begin_anew(self) -> None:
+        """The epoch that was going on is over: the next `for` is a new one."""
+        self._goes_on = False
 
     def _here(self) -> dict[str, Any]:
         """What the order and the content of an epoch are drawn from, now."""

@@ -123,3 +123,7 @@ class Batches:
         if state["epoch"] < 0 or not 0 <= state["batch"] < len(self):
             raise DataError(f"the state of batches is at epoch {state['epoch']}, batch {state['batch']} of {len(self)}")
         self._epoch, self._batch, self._goes_on = state["epoch"], state["batch"], True
+
+    def begin_anew(self) -> None:
+        """The epoch that was going on is over, as after a `break`: the next `for` begins a new one."""
+        self._goes_on = False
