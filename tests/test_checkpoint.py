@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
+import pickle
+import shutil
 import signal
 import stat
 import subprocess
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from autowidth import checkpoint
 from autowidth.channels import ChannelGroup, ChannelMap, IndexMap, ParamAxis, Place
-from autowidth.checkpoint import CheckpointError, Run, load_, read_run, save
+from autowidth.checkpoint import CheckpointError, Run, WriteError, load_, read_run, read_tensors, save
 from autowidth.checkpoint.fitting import Shown, solve
 from autowidth.history import Event, History
 from autowidth.surgery import apply_
@@ -380,11 +383,17 @@ class Crash(BaseException):
     """The process is gone: nothing that comes after it has an effect."""
 
 
-class Disk:
-    """Lets the first `alive` effects on the disk happen; then the process is gone, before or after the next effect."""
+WRITE = os.write
 
-    def __init__(self, alive: int, *, after: bool) -> None:
-        self.alive, self.after, self.dead = alive, after, False
+
+class Disk:
+    """Lets the first `alive` effects on the disk happen; then the process is gone.
+
+    That is before the next effect, or after it; where that effect is a write, after one half of it too.
+    """
+
+    def __init__(self, alive: int, *, after: bool, half: bool = False) -> None:
+        self.alive, self.after, self.half, self.dead = alive, after, half, False
 
     def guard(self, effect: Callable[..., object]) -> Callable[..., object]:
         def guarded(*args: object, **kwargs: object) -> object:
@@ -394,7 +403,9 @@ class Disk:
             if self.alive >= 0:
                 return effect(*args, **kwargs)
             self.dead = True
-            if self.after:
+            if self.half and effect is WRITE:
+                effect(args[0], args[1][: len(args[1]) // 2])
+            elif self.after:
                 effect(*args, **kwargs)
             raise Crash
 
@@ -415,12 +426,19 @@ def crashed_save(
     return True
 
 
-def states(folder: Path) -> tuple[Tensor, int, int]:
-    """What one finds in the folder after a crash, in a fresh process."""
+def states(folder: Path, seen: dict[bytes, Tensor] | None = None) -> tuple[Tensor, int, int]:
+    """What one finds in the folder after a crash, in a fresh process: outputs, number and events of the run.
+
+    A network is built and loaded once for each content of the files that `seen` does not know yet.
+    """
+    seen = {} if seen is None else seen
     run = read_run(folder)
-    model = fresh(Plain)
-    load_(model, folder, example_inputs=INPUT)
-    return outputs(model), run.extra["number"], len(run.history())
+    content = pickle.dumps([(name, tensor.tolist()) for name, tensor in sorted(read_tensors(run).items())])
+    if content not in seen:
+        model = fresh(Plain)
+        load_(model, folder, example_inputs=INPUT)
+        seen[content] = outputs(model)
+    return seen[content], run.extra["number"], len(run.history())
 
 
 @pytest.fixture
@@ -432,18 +450,24 @@ def two_runs() -> tuple[tuple[nn.Module, History], tuple[nn.Module, History]]:
     return (resized(Plain, ACTS["smaller"])[0], old), (resized(Plain, ACTS["larger"])[0], new)
 
 
-def moments(monkeypatch: pytest.MonkeyPatch, folder: Path, runs) -> Iterator[tuple[int, bool, int]]:
-    """Crashes a second save at every effect. Yields (effect, after it, number of the run that must be there)."""
+MODES = ("before", "half", "after")
+"""When the process is gone: before an effect, after half of it if it is a write, after it."""
+
+
+def moments(monkeypatch: pytest.MonkeyPatch, folder: Path, runs) -> Iterator[tuple[int, str, int]]:
+    """Crashes a second save at every effect. Yields (effect, mode, number of the run that must be there)."""
     (old, old_history), (new, new_history) = runs
-    for after in (False, True):
+    expected, seen = [outputs(old), outputs(new)], {}
+    save(folder / "old", old, history=old_history, extra={"number": 0})
+    for mode in MODES:
         for alive in range(1000):
-            place = folder / f"{alive}-{after}"
-            save(place, old, history=old_history, extra={"number": 0})
-            lived = crashed_save(monkeypatch, Disk(alive, after=after), place, new, new_history, {"number": 1})
-            outputs_there, number, events = states(place)
-            assert torch.equal(outputs_there, outputs((old, new)[number]))
+            place = Path(shutil.copytree(folder / "old", folder / f"{alive}-{mode}"))
+            disk = Disk(alive, after=mode == "after", half=mode == "half")
+            lived = crashed_save(monkeypatch, disk, place, new, new_history, {"number": 1})
+            outputs_there, number, events = states(place, seen)
+            assert torch.equal(outputs_there, expected[number])
             assert events == len((old_history, new_history)[number])
-            yield alive, after, number
+            yield alive, mode, number
             if lived:
                 break
         else:
@@ -452,8 +476,8 @@ def moments(monkeypatch: pytest.MonkeyPatch, folder: Path, runs) -> Iterator[tup
 
 def test_a_crash_at_any_moment_leaves_one_of_the_two_runs(monkeypatch, tmp_path: Path, two_runs) -> None:
     seen = list(moments(monkeypatch, tmp_path, two_runs))
-    for after in (False, True):
-        numbers = [number for _, a, number in seen if a == after]
+    for mode in MODES:
+        numbers = [number for _, m, number in seen if m == mode]
         assert len(numbers) > 10
         assert numbers == sorted(numbers)
         assert set(numbers) == {0, 1}
@@ -461,14 +485,60 @@ def test_a_crash_at_any_moment_leaves_one_of_the_two_runs(monkeypatch, tmp_path:
 
 def test_the_save_after_a_crash_completes_or_clears_what_was_left(monkeypatch, tmp_path: Path, two_runs) -> None:
     (_, _), (new, new_history) = two_runs
-    for alive, after, _ in moments(monkeypatch, tmp_path, two_runs):
-        place = tmp_path / f"{alive}-{after}"
+    expected, seen = outputs(new), {}
+    for alive, mode, _ in moments(monkeypatch, tmp_path, two_runs):
+        place = tmp_path / f"{alive}-{mode}"
         # The next save may crash in its turn, in the middle of clearing up, before one gets through.
-        crashed_save(monkeypatch, Disk(1, after=True), place, new, new_history, {"number": 1})
-        states(place)
+        crashed_save(monkeypatch, Disk(1 + alive % 9, after=True), place, new, new_history, {"number": 1})
+        states(place, seen)
         save(place, new, history=new_history, extra={"number": 1})
-        assert torch.equal(states(place)[0], outputs(new))
+        assert torch.equal(states(place, seen)[0], expected)
         assert sorted(p.name for p in place.iterdir()) == ["history.jsonl", "model.safetensors", "run.json"]
+
+
+class Fault(Disk):
+    """Refuses the effect after the first `alive`, as a full disk does, and all later ones of its kind if it lasts."""
+
+    def __init__(self, alive: int, *, lasts: bool) -> None:
+        super().__init__(alive, after=False)
+        self.lasts, self.kind = lasts, None
+
+    def guard(self, effect: Callable[..., object]) -> Callable[..., object]:
+        def guarded(*args: object, **kwargs: object) -> object:
+            self.alive -= 1
+            if self.alive == -1:
+                self.kind = effect
+            if self.alive == -1 or (self.lasts and effect is self.kind):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return effect(*args, **kwargs)
+
+        return guarded
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_fault_at_any_effect_leaves_one_of_the_two_runs(monkeypatch, tmp_path: Path, two_runs, lasts: bool) -> None:
+    (old, old_history), (new, new_history) = two_runs
+    expected, seen, found, said = [outputs(old), outputs(new)], {}, [], []
+    save(tmp_path / "old", old, history=old_history, extra={"number": 0})
+    for alive in range(1000):
+        place = Path(shutil.copytree(tmp_path / "old", tmp_path / str(alive)))
+        disk = Fault(alive, lasts=lasts)
+        try:
+            crashed_save(monkeypatch, disk, place, new, new_history, {"number": 1})
+        except WriteError as error:
+            said.append((error.errno, str(error).replace(str(place), "FOLDER")))
+        there, number, events = states(place, seen)
+        assert torch.equal(there, expected[number])
+        assert events == len((old_history, new_history)[number])
+        if number == 0 and not lasts:  # nothing of a save that failed takes room on a full disk
+            assert sorted(p.name for p in place.iterdir()) == ["history.jsonl", "model.safetensors", "run.json"]
+        found.append(number)
+        if disk.kind is None:
+            break
+    assert len(found) > 30
+    assert set(found) == {0, 1}
+    sentence = "cannot save a run to FOLDER: No space left on device; make room there, or name another folder"
+    assert set(said) == {(errno.ENOSPC, sentence)}
 
 
 def test_a_save_that_fails_leaves_nothing_behind(monkeypatch, tmp_path: Path) -> None:

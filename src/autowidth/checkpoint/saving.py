@@ -83,8 +83,9 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Inp
     does not run on the example inputs. The model is then unchanged.
     """
     run = read_run(path)
+    _check_names(run, model)
     state = read_tensors(run)
-    _check_names(run, model, state)
+    _check_contents(run, model, state)
     channel_map = trace(model, example_inputs)
     plan = plan_for(Shown(what=f"run {run.folder}", shapes=run.shapes, widths=run.widths or {}), channel_map)
     return take_over_(model, channel_map, plan, state, what=f"run {run.folder}")
@@ -100,12 +101,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 def read_tensors(run: Run) -> dict[str, Tensor]:
     """Name -> tensor, tied names included. Raises CheckpointError where the file is missing or damaged."""
-    state = read_tensor_file(run.record, MODEL)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if shapes != {name: shape for name, shape in run.shapes.items() if name not in run.tied}:
-        raise CheckpointError(
-            f"{run.file(MODEL)} does not belong to the run.json beside it: restore the files of one and the same run"
-        )
+    shapes = {name: shape for name, shape in run.shapes.items() if name not in run.tied}
+    state = read_tensor_file(run.record, MODEL, shapes=shapes)
     return state | {alias: state[name] for alias, name in run.tied.items()}
 
 
@@ -145,13 +142,13 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 # ---- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _check_names(run: Run, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError where names, number of dims, dtypes or ties of model and file differ."""
+def _check_names(run: Run, model: nn.Module) -> None:
+    """Raises CheckpointError where names or numbers of dims of the model and of the run differ."""
     kind = type(model).__name__
     live = model.state_dict(keep_vars=True)
     for names, has, lacks in (
-        (state.keys() - live.keys(), "the run", kind),
-        (live.keys() - state.keys(), kind, "the run"),
+        (run.shapes.keys() - live.keys(), "the run", kind),
+        (live.keys() - run.shapes.keys(), kind, "the run"),
     ):
         if names:
             some = ", ".join(sorted(names)[:3])
@@ -159,13 +156,19 @@ def _check_names(run: Run, model: nn.Module, state: Mapping[str, Tensor]) -> Non
                 f"run {run.folder} is of another network: {has} has {len(names)} tensors that {lacks} lacks "
                 f"({some}); build the model as it was built for the run"
             )
-    owners: dict[int, str] = {}
     for name, tensor in live.items():
-        if not isinstance(tensor, Tensor) or tensor.dim() != state[name].dim():
+        if not isinstance(tensor, Tensor) or tensor.dim() != len(run.shapes[name]):
             raise CheckpointError(
-                f"run {run.folder} is of another network: {name!r} has {state[name].dim()} dims in the file, and in "
-                f"{kind} it is {told(tensor)}; build the model as it was built for the run"
+                f"run {run.folder} is of another network: {name!r} has {len(run.shapes[name])} dims in the file, and "
+                f"in {kind} it is {told(tensor)}; build the model as it was built for the run"
             )
+
+
+def _check_contents(run: Run, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError where dtypes or ties of model and file differ."""
+    kind = type(model).__name__
+    owners: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.dtype != state[name].dtype:
             raise CheckpointError(
                 f"{name!r} is {state[name].dtype} in run {run.folder} and {tensor.dtype} in {kind}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,13 +47,19 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def read_tensor_file(record: Record, name: str) -> dict[str, Tensor]:
+def read_tensor_file(
+    record: Record, name: str, *, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
     """Name -> tensor, of a file of a run, checked against its checksum; on the CPU, its pages read as they are used.
 
-    Raises CheckpointError where the file is missing, damaged, or of another run.
+    With `shapes` the file holds exactly these tensors. Raises CheckpointError where it is missing, damaged, or of
+    another run.
     """
     path = checked_path(record, name)
-    _check_header(path, record.folder)
+    header = _header(path, record.folder)
+    header.pop("__metadata__", None)
+    if shapes is not None and {n: _shape(entry) for n, entry in header.items()} != shapes:
+        raise _foreign(path)
     try:
         with safe_open(path, framework="pt") as file:
             token = (file.metadata() or {}).get("token")
@@ -60,28 +67,39 @@ def read_tensor_file(record: Record, name: str) -> dict[str, Tensor]:
     except UNREADABLE as error:
         raise CheckpointError(f"{path} is damaged: not a whole safetensors file ({error})") from error
     if token != record.token:
-        raise CheckpointError(
-            f"{path} does not belong to the {RUN} beside it: restore the files of one and the same run"
-        )
+        raise _foreign(path)
     return tensors
+
+
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} does not belong to the {RUN} beside it: restore the files of one and the same run")
 
 
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError)
 """What safetensors and torch make of a file that is none: lengths that overflow, element types that torch lacks."""
 
 
-def _check_header(path: Path, folder: Path) -> None:
-    """Raises CheckpointError where the header is no strict JSON, or so large that reading it would cost much."""
+def _header(path: Path, folder: Path) -> dict[str, Any]:
+    """What the file says of its tensors. Raises CheckpointError where that is no strict JSON, or very large."""
     try:
         with opened(path, limit=sys.maxsize, inside=folder) as file:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, HEADER_LIMIT))
-        if len(header) < length:
+            text = file.read(min(length, HEADER_LIMIT))
+        if len(text) < length:
             what = "cut short" if length <= HEADER_LIMIT else f"its header would have {length:,} bytes"
             raise ReadError(f"{path} is damaged: not a whole safetensors file ({what})")
-        strict_json(header, f"the header of {path}")
+        header = strict_json(text, f"the header of {path}")
     except ReadError as error:
         raise CheckpointError(f"{error}: restore the files of one and the same run") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is damaged: not a whole safetensors file (its header is no JSON object)")
+    return header
+
+
+def _shape(entry: object) -> tuple[Any, ...] | None:
+    """The shape in an entry of a header, if it is one."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    return tuple(shape) if isinstance(shape, list) and all(type(length) is int for length in shape) else None
 
 
 # ---- of a model ------------------------------------------------------------------------------------------------------
