@@ -1,7 +1,7 @@
 """Train a convolutional network once and come out with the right number of filters in every layer."""
 
 from autowidth.channels import ChannelGroup, ChannelMap, IndexMap, ParamAxis
-from autowidth.checkpoint import Run, load_, read_run, save
+from autowidth.checkpoint import Run, load_, load_state_dict_, read_run, save
 from autowidth.cost import count_macs
 from autowidth.engine import AutoWidth, resize_
 from autowidth.errors import AutoWidthError
@@ -36,6 +36,7 @@ __all__ = [
     "__version__",
     "count_macs",
     "load_",
+    "load_state_dict_",
     "read_run",
     "resize_",
     "resume_",

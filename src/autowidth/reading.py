@@ -45,24 +45,31 @@ def size_of(path: Path, *, inside: Path | None = None) -> int:
     return found.st_size
 
 
-@contextmanager
-def opened(path: Path, *, limit: int, inside: Path | None = None) -> Iterator[BinaryIO]:
-    """The file for reading from its start, if it is a regular one of at most `limit` bytes; else raises ReadError.
-
-    An OSError inside the block, such as that of a disk that fails, becomes a ReadError too.
-    """
+def open_regular(path: Path, *, limit: int, inside: Path | None = None) -> BinaryIO:
+    """The file for reading from its start, if it is a regular one of at most `limit` bytes; else raises ReadError."""
     size_of(path, inside=inside)
     try:
         # A pipe that took the file's place meanwhile would make open() wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise ReadError(f"{path} is {_kind(found.st_mode)}, expected a file: put the file itself there")
-            if found.st_size > limit:
-                raise ReadError(f"{path} has {found.st_size:,} bytes, allowed are {limit:,}: it is no file of ours")
-            yield file
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {_reason(error)}") from error
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size <= limit:
+        return file
+    file.close()
+    if not stat.S_ISREG(found.st_mode):
+        raise ReadError(f"{path} is {_kind(found.st_mode)}, expected a file: put the file itself there")
+    raise ReadError(f"{path} has {found.st_size:,} bytes, allowed are {limit:,}: it is no file of ours")
+
+
+@contextmanager
+def opened(path: Path, *, limit: int, inside: Path | None = None) -> Iterator[BinaryIO]:
+    """Around reading what `open_regular` gives: an OSError, such as that of a disk that fails, becomes a ReadError."""
+    with open_regular(path, limit=limit, inside=inside) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise ReadError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def read_bytes(path: Path, *, limit: int, inside: Path | None = None) -> bytes:

@@ -4,6 +4,7 @@ from autowidth.checkpoint.errors import CheckpointError, WriteError
 from autowidth.checkpoint.folder import RUN, SCHEMA
 from autowidth.checkpoint.run import HISTORY, Run
 from autowidth.checkpoint.saving import MODEL, load_, read_run, read_tensors, save
+from autowidth.checkpoint.state_dicts import load_state_dict_
 
 __all__ = [
     "HISTORY",
@@ -14,6 +15,7 @@ __all__ = [
     "Run",
     "WriteError",
     "load_",
+    "load_state_dict_",
     "read_run",
     "read_tensors",
     "save",

@@ -75,6 +75,25 @@ def solve(shown: Shown, channel_map: ChannelMap) -> dict[str, int]:
     return {group.name: int(width) for group, width in zip(groups, widths, strict=True)}
 
 
+def misfits(shown: Shown, channel_map: ChannelMap) -> list[str]:
+    """The tensors whose shapes no widths of the channel groups give, in the order of the map.
+
+    Where equations contradict each other, those go whose loss makes the others meet, the worst first.
+    """
+    free = _free(channel_map)
+    wrong = {name for name in channel_map.shapes if _has_other_lengths(shown, channel_map, name, free)}
+    axes, matrix, lengths = _equations(shown, channel_map)
+    while axes:
+        widths = np.linalg.lstsq(matrix, lengths, rcond=None)[0]
+        errors = np.abs(matrix @ widths - lengths)
+        if errors.max() <= _NEAR:
+            break
+        worst = int(errors.argmax())
+        wrong.add(axes.pop(worst).name)
+        matrix, lengths = np.delete(matrix, worst, axis=0), np.delete(lengths, worst)
+    return [name for name in channel_map.shapes if name in wrong]
+
+
 def _equations(shown: Shown, channel_map: ChannelMap) -> tuple[list[ParamAxis], np.ndarray, np.ndarray]:
     """(Axes, matrix of copies (axes, groups), lengths in the file minus the fixed part (axes)), of axes in the file."""
     rows: dict[ParamAxis, np.ndarray] = {}
@@ -98,12 +117,23 @@ def _check_sums(shown: Shown, channel_map: ChannelMap, axes: list[ParamAxis], er
 
 def _check_lengths(shown: Shown, channel_map: ChannelMap) -> None:
     """Raises CheckpointError where a length that no channel group decides is another one in the file."""
-    free = {place.axis for group in channel_map.groups for place in group.places}
-    for name, shape in channel_map.shapes.items():
-        there = shown.shapes.get(name, shape)
-        fixed = [dim for dim in range(len(shape)) if ParamAxis(name, dim) not in free]
-        if len(there) != len(shape) or any(there[dim] != shape[dim] for dim in fixed):
+    free = _free(channel_map)
+    for name in channel_map.shapes:
+        if _has_other_lengths(shown, channel_map, name, free):
             raise _foreign(shown, name, channel_map)
+
+
+def _free(channel_map: ChannelMap) -> set[ParamAxis]:
+    """The axes on which channel groups stand."""
+    return {place.axis for group in channel_map.groups for place in group.places}
+
+
+def _has_other_lengths(shown: Shown, channel_map: ChannelMap, name: str, free: set[ParamAxis]) -> bool:
+    """Whether a length of this tensor that no channel group decides is another one in the file."""
+    shape = channel_map.shapes[name]
+    there = shown.shapes.get(name, shape)
+    fixed = [dim for dim in range(len(shape)) if ParamAxis(name, dim) not in free]
+    return len(there) != len(shape) or any(there[dim] != shape[dim] for dim in fixed)
 
 
 def _foreign(shown: Shown, name: str, channel_map: ChannelMap) -> CheckpointError:

@@ -43,5 +43,6 @@ def door(*, debug: bool, interrupted: str = "nothing was written") -> Iterator[N
 
 
 def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"autowidth: {' '.join(sentence.split())}", err=True)
+    line = f"autowidth: {' '.join(sentence.split())}"
+    typer.echo(line.encode(errors="backslashreplace").decode(), err=True)  # names of files need not be Unicode
     raise typer.Exit(code)

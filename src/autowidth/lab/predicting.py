@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autowidth.lab.data import CorruptImageError, DataError, pooled, scale, unit
-from autowidth.lab.data.decoding import UnreadableError, decode
+from autowidth.lab.data.decoding import HELD, UnreadableError, decode
 from autowidth.lab.saved import Opened
 
 AT_ONCE = 64
@@ -44,6 +44,8 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise DataError(f"{path}: there is no such file or folder")
+        if not path.is_file() and not path.is_dir():
+            raise DataError(f"{path}: a pipe or a device, expected a file or a folder")
         inside = (
             sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith(".")) if path.is_dir() else []
         )
@@ -61,7 +63,9 @@ def predicted(opened: Opened, files: Sequence[Path], *, top: int = 1) -> Iterato
     if top < 1:
         raise DataError(f"top {top}: give at least 1 class per picture")
     rest = iter(files)
-    while some := list(islice(rest, AT_ONCE)):
+    _, height, width = opened.input_shape
+    each = 3 * height * width * opened.settings.pool**2
+    while some := list(islice(rest, max(1, min(AT_ONCE, HELD // each)))):
         images = torch.cat([_pixels(opened, file) for file in some])
         with torch.no_grad():
             chances = opened.network(images).float().softmax(1)

@@ -14,11 +14,15 @@ from autowidth.channels import ChannelMap
 from autowidth.checkpoint import Run, load_, read_run, save
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
+from autowidth.lab.data.decoding import MOST_PIXELS
 from autowidth.lab.prepare import built
 from autowidth.lab.result import Resized
 from autowidth.lab.scaling import Scaling
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.version import __version__
+
+MOST_CHANNELS = 4
+"""Of the images that this laboratory reads."""
 
 
 class SavedError(AutoWidthError, ValueError):
@@ -68,13 +72,42 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
             f"run {run.folder} does not say its {missing[0]}: it was saved by another program or an older version; "
             "train it again, or load it in Python with autowidth.load_"
         )
+    channels, height, width, classes, scaling = _said(run)
     settings = settings_of(run.extra["settings"])
-    channels, height, width = run.extra["input_shape"]
-    classes, scaling = tuple(run.extra["classes"]), run.extra["normalization"]
     network = built(settings.model, (channels, height, width), len(classes), width=settings.width)
     example = torch.zeros(2, channels, height, width)
     channel_map = load_(network, run.folder, example_inputs=example)
     return Opened(
         run=run, network=network.eval(), channel_map=channel_map, settings=settings, classes=classes,
-        input_shape=(channels, height, width), scaling=Scaling(tuple(scaling["mean"]), tuple(scaling["std"])),
+        input_shape=(channels, height, width), scaling=scaling,
     )  # fmt: skip
+
+
+def _said(run: Run) -> tuple[int, int, int, tuple[str, ...], Scaling]:
+    """Channels, height, width, classes and scaling of the run's images. Raises SavedError where they cannot be."""
+    extra = run.extra
+    try:
+        channels, height, width = map(_length, extra["input_shape"])
+        classes = tuple(extra["classes"])
+        scaling = Scaling(
+            tuple(map(_number, extra["normalization"]["mean"])), tuple(map(_number, extra["normalization"]["std"]))
+        )
+        if not classes or not all(isinstance(name, str) for name in classes) or not isinstance(extra["settings"], dict):
+            raise ValueError("its classes are no names, or its settings no table")
+        if height * width > MOST_PIXELS or channels > MOST_CHANNELS or len(scaling.mean) != channels:
+            raise ValueError(f"images of {channels} x {height} x {width} with {len(scaling.mean)} means")
+    except (TypeError, ValueError, KeyError) as error:
+        raise SavedError(f"run {run.folder} does not say of what images it is ({error}): train it again") from error
+    return channels, height, width, classes, scaling
+
+
+def _length(value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"a length of {str(value)[:30]}")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"a number that is {str(value)[:30]}")
+    return float(value)  # type: ignore[arg-type]

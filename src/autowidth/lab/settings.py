@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic_settings as sources
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import STREAM_ABOVE
@@ -56,11 +56,11 @@ class Settings(PolicySettings):
         description="how pixels are scaled: imagenet, or means and deviations by channel; not given: as the training "
         "images need it",
     )
-    width: float = Field(1.0, gt=0, description="factor on all widths of the starting network")
+    width: float = Field(1.0, gt=0, le=64, description="factor on all widths of the starting network")
     effort: Effort | None = Field(
         None, description="how much a review looks at; what is not given: what takes a twenty-fifth of the run"
     )
-    epochs: int = Field(120, ge=1, description="passes over the training images")
+    epochs: int = Field(120, ge=1, le=1_000_000, description="passes over the training images")
     batch_size: int = Field(64, ge=1, description="images per optimizer step")
     lr: float = Field(0.1, gt=0, description="peak of the learning rate")
     schedule: Literal["one-cycle", "cosine"] = Field(
@@ -85,7 +85,7 @@ class Settings(PolicySettings):
     channels_last: bool = Field(False, description="keep images and weights in the channels_last memory format")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: cuda where there is one")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads; not given: 1 for images below 16 x 16, else torch decides"
+        None, ge=1, le=1024, description="CPU threads; not given: 1 for images below 16 x 16, else torch decides"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="decides weights, order, augmentation and probe")
     holdout: float = Field(
@@ -102,7 +102,7 @@ class Settings(PolicySettings):
         STREAM_ABOVE, ge=0, description="MiB of decoded images above which a set is streamed from disk, not kept"
     )
     workers: int | None = Field(
-        None, ge=0, description="processes that decode streamed images; not given: one per core, at most 8"
+        None, ge=0, le=1024, description="processes that decode streamed images; not given: one per core, at most 8"
     )
     out: Path | None = Field(None, description="folder that the run is written to; None writes nothing")
     save_every: float = Field(
@@ -120,6 +120,13 @@ class Settings(PolicySettings):
     bad_steps: int = Field(
         10, ge=1, description="steps, or evaluations, in a row that are not finite after which the run ends"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_text_that_ends_early(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds the character of number 0, which no name has")
+        return value
 
 
 Table: TypeAlias = Mapping[str, Any]
@@ -192,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(
             f"cannot read the configuration {path}: {error.strerror}; name a TOML or JSON file"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"the configuration {path} is no {kind}: {error}") from error
     if not isinstance(table, dict):
         raise SettingsError(f"the configuration {path} holds a {type(table).__name__}, expected names with values")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autowidth.checkpoint import MODEL, RUN, CheckpointError, load_, read_run, read_tensors
+from autowidth.checkpoint.tensors import UNREADABLE
 from autowidth.errors import AutoWidthError
 from autowidth.lab.foreign_names import in_our_names
 from autowidth.trace import Inputs
@@ -87,7 +87,7 @@ def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise WeightsError(
             f"weights {file}: not a whole safetensors file ({error}); copy or download it again"
         ) from error
@@ -121,7 +121,7 @@ def _holds_objects(file: Path, refusal: str) -> bool:
     with file.open("rb") as content:
         try:
             return len(list(pickletools.genops(content))) > 0  # parsed to its end, never run
-        except ValueError:
+        except Exception:  # what half a pickle makes of the parser: ValueError, struct.error, IndexError
             return False
 
 

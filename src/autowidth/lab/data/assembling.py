@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autowidth.lab.data.augment import Augmentation
-from autowidth.lab.data.decoding import Encoded, UnreadableError, decode, extent_of, stacked
+from autowidth.lab.data.decoding import MOST_PIXELS, Encoded, UnreadableError, decode, extent_of, stacked
 from autowidth.lab.data.errors import CorruptImageError, DataError
 from autowidth.lab.data.pixels import channel_statistics, mean_and_std, pooled, unit
 from autowidth.lab.data.sets import ImageSet
@@ -43,6 +43,9 @@ class Options:
             raise DataError(f"the held-out share is {self.holdout}, allowed are 0 (none) to below 1")
         if self.size is not None and self.size < 1:
             raise DataError(f"images cannot be resized to {self.size} pixels, allowed are 1 and more")
+        if self.size is not None and self.size**2 > MOST_PIXELS:
+            most = math.isqrt(MOST_PIXELS)
+            raise DataError(f"images cannot be resized to {self.size} pixels, allowed are at most {most}")
         if self.pool < 1:
             raise DataError(f"images cannot be pooled by {self.pool}, allowed are 1 and more")
         if not self.stream_above >= 0 or self.workers < 0:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autowidth.lab.data.errors import packages_for
+from autowidth.reading import ReadError, open_regular
 
 if TYPE_CHECKING:  # pillow belongs to an extra, and is imported where an image is read
     from PIL.Image import Image as PillowImage
@@ -21,6 +24,17 @@ if TYPE_CHECKING:  # pillow belongs to an extra, and is imported where an image 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What an image file may be, whatever its name says. Pillow knows more formats, and hands some of them to programs
 that it finds on the machine: EPS to Ghostscript, which runs what is written in the file."""
+
+
+MOST_PIXELS = 50_000_000
+"""Pixels that an image may have: decoding takes 6 to 12 bytes for each, whatever the file takes. A PNG of 21 kB can
+hold so many that a machine runs out of memory."""
+
+FILE_LIMIT = 1 << 28
+"""Bytes that an image file may have."""
+
+HELD = 2 << 30
+"""Bytes of decoded images that one process holds for one batch."""
 
 
 class UnreadableError(ValueError):
@@ -68,24 +82,52 @@ class Encoded:
 def decode(data: bytes | Path | None, side: int | None, extent: Sequence[int] | None = None) -> np.ndarray:
     """The image as RGB, (H, W, 3) in uint8; upright, cut to a square and resized where a side is given.
 
-    Raises UnreadableError for what is no image in one of `FORMATS`, or half of one, and for an image of another extent
-    (H, W) where one is expected.
+    Raises UnreadableError for what is no image in one of `FORMATS`, or half of one, for one of more than `MOST_PIXELS`,
+    before it is decoded, and for an image of another extent (H, W) where one is expected.
     """
     from PIL import Image, UnidentifiedImageError
 
     if data is None:
         raise UnreadableError("there are no bytes")
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
-            pixels = _rgb(image, side)
+        with _opened(data) as file, _quiet(), Image.open(file, formats=FORMATS) as image:
+            _check_extent(image.size, None if side else extent)
+            return _rgb(image, side)
+    except (UnreadableError, ReadError) as error:
+        raise UnreadableError(str(error)) from error
     except UnidentifiedImageError as error:
         raise UnreadableError(_foreign(data) or "no readable image") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"it has far more pixels than the {MOST_PIXELS / 1e6:,.0f} million allowed") from error
+    except Exception as error:  # the readers of some formats raise whatever half a file makes of them
         raise UnreadableError(str(error) or type(error).__name__) from error
-    if extent is not None and pixels.shape[:2] != tuple(extent):
-        got, expected = (" x ".join(map(str, found)) for found in (pixels.shape[:2], extent))
+
+
+def _check_extent(size: tuple[int, int], extent: Sequence[int] | None) -> None:
+    """Raises UnreadableError for an image (width, height) with too many pixels, or of another extent (H, W)."""
+    width, height = size
+    if width * height > MOST_PIXELS:
+        raise UnreadableError(
+            f"it has {width:,} x {height:,} pixels, allowed are {MOST_PIXELS / 1e6:,.0f} million: make it smaller"
+        )
+    if extent is not None and (height, width) != tuple(extent):
+        got, expected = f"{height} x {width}", " x ".join(map(str, extent))
         raise UnreadableError(f"its extent is {got}, that of the images before it is {expected}")
-    return pixels
+
+
+def _opened(data: bytes | Path) -> BinaryIO:
+    """The content for reading; of a path only a regular file."""
+    return io.BytesIO(data) if isinstance(data, bytes) else open_regular(data, limit=FILE_LIMIT)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without pillow's warning of images that are nearly too large for it: what is too large for us is refused."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _rgb(image: PillowImage, side: int | None) -> np.ndarray:
@@ -103,7 +145,7 @@ def _foreign(data: bytes | Path) -> str | None:
     from PIL import Image
 
     Image.init()
-    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+    with _opened(data) as file:
         start = file.read(16)
     for name, (_, begins) in Image.OPEN.items():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autowidth.lab.data.decoding import Picked, UnreadableError, decode, stacked
-from autowidth.lab.data.errors import CorruptImageError
+from autowidth.lab.data.decoding import HELD, Picked, UnreadableError, decode, stacked
+from autowidth.lab.data.errors import CorruptImageError, DataError
 from autowidth.lab.data.pixels import pooled
 
 
@@ -66,8 +67,15 @@ class Pictures:
     def batches(self, index: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each of these tensors of positions the images there, decoded ahead of time, on the device.
 
-        Raises CorruptImageError where a file has been damaged or taken away since it was loaded.
+        Raises CorruptImageError where a file has been damaged or taken away since it was loaded, and DataError for
+        batches that would fill the memory.
         """
+        largest = max(map(len, index), default=0)
+        if (needed := largest * 3 * math.prod(self.extent)) > HELD:
+            raise DataError(
+                f"a batch of {largest} images of {self.extent[0]} x {self.extent[1]} would take "
+                f"{needed / 2**30:.1f} GiB decoded, allowed are {HELD / 2**30:.0f}: ask for smaller ones"
+            )
         pinned = self.device.type == "cuda"  # only out of such memory is a copy to a GPU made while it computes
         chunks = [positions.tolist() for positions in index]
         for images in worked(_Decoded(self), chunks, workers=self.workers, pinned=pinned):

@@ -79,6 +79,10 @@ def _import(text: str) -> object:
     module_name, _, path = text.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
         raise UnknownModelError(f"cannot import a model from {text!r}: the form is module:callable")
+    if (root := module_name.partition(".")[0]) in sys.stdlib_module_names:  # a saved run may name it, and it is called
+        raise UnknownModelError(
+            f"cannot import a model from {text!r}: {_hidden(module_name) or f'{root} belongs to the standard library'}"
+        )
     try:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
