@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ def soaked(count: int, place: Path) -> list[float]:
     seen, memory = [], []
     for moment in soak.moments():
         assert moment.widths == soak.engine.widths
-        assert moment.loss < 100
+        assert math.isfinite(moment.loss)
         seen.append((moment.step, moment.widths))
         if moment.step % (count // 10) == 0:
             memory.append(resident())

@@ -26,6 +26,9 @@ SCHEMA = 2
 LIMIT = 1 << 28
 """Bytes of a history file that are read: some thousand reviews of the largest networks."""
 
+LINE_LIMIT = 1 << 24
+"""Bytes that a line may have."""
+
 LINE_VALUES = 2_000_000
 """Values that a line may hold: an index map has one for each channel."""
 
@@ -255,7 +258,9 @@ class History:
     @classmethod
     def parse(cls, data: bytes, path: str | os.PathLike[str]) -> History:
         """The record in the content of a file; errors and warnings name the path. Raises HistoryError as `read`."""
-        header, *lines = data.rstrip(b"\n").split(b"\n")
+        header, *lines = data.split(b"\n")
+        while lines and not lines[-1]:
+            lines.pop()
         schema, widths = _header(path, header)
         history = cls(widths)
         if lines and not data.endswith(b"\n") and not _is_json(lines[-1]):
@@ -385,6 +390,8 @@ def _line(record: Mapping[str, object]) -> bytes:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     """The JSON object of a line. Raises ReadError, which is a ValueError, where it is none, or dubious."""
+    if len(line) > LINE_LIMIT:
+        raise ReadError(f"the line has {len(line):,} bytes, allowed are {LINE_LIMIT:,}")
     record = strict_json(line, "the line", most=LINE_VALUES)
     if not isinstance(record, dict):
         raise ReadError("the line is no JSON object")
@@ -405,8 +412,8 @@ def _add(path: Path, line: bytes) -> None:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        _parsed(line)
+    except ReadError:
         return False
     return True
 

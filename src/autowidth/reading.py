@@ -75,7 +75,7 @@ def opened(path: Path, *, limit: int, inside: Path | None = None) -> Iterator[Bi
 def read_bytes(path: Path, *, limit: int, inside: Path | None = None) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises ReadError."""
     with opened(path, limit=limit, inside=inside) as file:
-        return file.read(limit)
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
 def strict_json(data: bytes, what: str, *, most: int = MOST_VALUES) -> Any:
