@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -173,18 +174,25 @@ def trial(folder: Path, name: str, number: signal.Signals, delay: float, wanted:
     return phase, code
 
 
-def trials(folder: Path, number: signal.Signals, count: int) -> tuple[Counter[str], Counter[int]]:
-    """So many trials at random moments; how often what went on at the signal, and which exit codes came."""
+def trials(folder: Path, number: signal.Signals, count: int, seed: int = 0) -> tuple[Counter[str], Counter[int]]:
+    """So many runs that are broken off at random moments; what went on at the signal, and which exit codes came.
+
+    A run that was done before the signal came does not count, and is tried anew.
+    """
     serve()
     reference = folder / "reference"
     finished(folder / "warm")  # the server starts with the first process
     begun = time.perf_counter()
     finished(reference)
     whole = time.perf_counter() - begun
-    wanted, chance = outcome(reference), random.Random(int(number))
+    wanted, chance = outcome(reference), random.Random(1000 * seed + int(number))
     phases, codes = Counter[str](), Counter[int]()
-    for n in range(count):
-        phase, code = trial(folder, f"run{n}", number, chance.uniform(0.0, 1.02) * whole, wanted)
-        phases[phase] += 1
-        codes[code] += 1
+    while codes.total() < count:
+        phase, code = trial(folder, f"run{codes.total()}", number, chance.uniform(0.0, 1.0) * whole, wanted)
+        if code:
+            phases[phase] += 1
+            codes[code] += 1
+        else:
+            whole *= 0.95  # the machine is quicker than it was
+        shutil.rmtree(folder / f"run{codes.total() - bool(code)}")
     return phases, codes

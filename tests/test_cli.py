@@ -24,6 +24,7 @@ from autowidth.cost import macs_cost, params_cost
 from autowidth.lab.models import build
 from autowidth.lab.settings import Settings
 from autowidth.trace import trace
+from autowidth.training import saved_trainings
 from autowidth.version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -213,8 +214,11 @@ def test_train_in_a_terminal_draws_and_leaves_the_result(folder: Path) -> None:
     assert "epoch 1/2  loss" not in plain
 
 
-def test_an_interrupted_run_writes_nothing(folder: Path) -> None:
-    arguments = [*PROGRAM, "train", "--config", "../run.toml", "--epochs", "1000"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_is_saved_says_how_to_go_on_and_goes_on(
+    folder: Path, number: signal.Signals, code: int
+) -> None:
+    arguments = [*PROGRAM, "train", "--config", "../run.toml", "--epochs", "1000", "--out", "here"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do
     try:  # their children
         child = subprocess.Popen(
@@ -225,10 +229,21 @@ def test_an_interrupted_run_writes_nothing(folder: Path) -> None:
     assert child.stdout is not None
     while not child.stdout.readline().startswith("epoch"):
         assert child.poll() is None
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, complaint = child.communicate(timeout=60)
-    assert (child.returncode, complaint) == (130, "autowidth: interrupted; nothing was written\n")
-    assert list(folder.iterdir()) == []
+    assert child.returncode == code
+    said = r"autowidth: stopped at step (\d+) of \d+; go on with: autowidth train --resume here\n"
+    assert (told := re.fullmatch(said, complaint)), complaint
+    assert sorted(p.name for p in folder.iterdir()) == ["here"]
+    assert [p.name for p in (folder / "here").iterdir()] == ["training"]
+    (saved,) = saved_trainings(folder / "here" / "training")
+    assert read_run(saved).extra["step"] == int(told[1])
+    epochs = int(read_run(saved).extra["epoch"]) + 2
+    line = [*PROGRAM, "train", "--resume", "here", "--epochs", str(epochs), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["epochs"] == read_run("here").extra["result"]["epochs"] == epochs
+    assert f"going on at step {told[1]} of" in done.stderr
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -251,8 +266,6 @@ MISTAKES: list[tuple[str, str]] = [
     ("train --macs 2 --config no_insertion.toml", "offer=0"),
     ("train --epochs 0", "'epochs' should be greater than or equal to 1, got 0"),
     ("train --lr nan", "'lr' should be a finite number"),
-    ("train --lr 1e30 --no-edit --epochs 1", "diverged; lower lr"),
-    ("train --lr 1e30 --epochs 1", "diverged"),
     ("train --batch-size 9999", "batch of 9999"),
     ("train --config nowhere.toml", "cannot read the configuration nowhere.toml"),
     ("train --config misspelt.toml", "'epochz' in misspelt.toml"),
@@ -286,6 +299,18 @@ def test_a_mistake_gets_one_sentence_and_code_2_and_leaves_nothing(
     assert captured.err.count("\n") == 1
     assert part in captured.err
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", ["train --lr 1e30 --no-edit --epochs 1", "train --lr 1e30 --epochs 1"])
+def test_a_training_that_diverges_gets_one_sentence_a_code_of_its_own_and_leaves_nothing(
+    folder: Path, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert called(*line.split(), "--quiet", monkeypatch=monkeypatch) == 3
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("autowidth: ") and captured.err.count("\n") == 1
+    assert "diverged; lower lr" in captured.err
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("line", ["train --epochs many", "train --no-such-option", "inspect", "no-such-command"])

@@ -24,8 +24,8 @@ from autowidth.channels import IndexMap
 from autowidth.engine import AutoWidth, resize_
 from autowidth.engine_state import StateError
 from autowidth.history import History
-from autowidth.latency import LatencyMeter
 from autowidth.lab.loop_parts import probe_batches
+from autowidth.latency import LatencyMeter
 from autowidth.plain_data import put_together, taken_apart
 from autowidth.policy import Budget, Limits, Policy, Schedule
 from autowidth.review.batches import DivergedProbeError

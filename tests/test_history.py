@@ -205,6 +205,53 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_half_a_line_that_could_not_be_taken_back_is_cut_off_before_the_next_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails in the middle of a line, and refuses to shorten the file too: two events never share a line."""
+    path = tmp_path / "history.jsonl"
+    history = History({"a": 4}, path=path)
+    history.append(event(1))
+    write = os.write
+
+    def half(descriptor: int, data: bytes) -> int:
+        write(descriptor, bytes(data)[: len(data) // 2])
+        raise OSError("disk full")
+
+    def refuse(*args: object) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", half)
+        patch.setattr("os.truncate", refuse)
+        with pytest.raises(OSError, match="disk full"):
+            history.append(event(2))
+    assert not path.read_bytes().endswith(b"\n")
+    history.append(event(3))
+    assert [one.step for one in History.read(path)] == [one.step for one in history] == [1, 3]
+
+
+def test_a_file_that_is_gone_is_written_anew_with_the_next_event(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History({"a": 4}, path=path)
+    history.append(event(1))
+    path.unlink()
+    history.append(event(2))
+    assert [one.step for one in History.read(path)] == [1, 2]
+
+
+def test_an_event_that_is_on_disk_but_was_never_counted_is_taken_back(tmp_path: Path) -> None:
+    """An interrupt between the line and the list: the review is undone, and so is its line."""
+    path = tmp_path / "history.jsonl"
+    history = History({"a": 4}, path=path)
+    history.append(event(1))
+    line = path.read_bytes().splitlines(keepends=True)[-1]
+    with path.open("ab") as file:
+        file.write(line)
+    history.retract(event(2))
+    assert [one.step for one in History.read(path)] == [1]
+
+
 DAMAGE = {
     "empty": lambda lines: [],
     "no header": lambda lines: lines[1:],

@@ -10,8 +10,8 @@ import pytest
 from kills import trials
 
 KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-CODES = {signal.SIGKILL: {-9, 0}, signal.SIGTERM: {143, -15, 0}, signal.SIGINT: {130, 1, 0}}
-"""Exit codes: asked to stop while it trains; before it began to; after it was done."""
+CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, 1}}
+"""Exit codes: asked to stop while it trains; before it began to."""
 
 
 @pytest.mark.parametrize("number", KINDS, ids=lambda n: n.name)
@@ -26,4 +26,5 @@ def test_a_run_that_is_broken_off_at_any_of_200_moments(tmp_path: Path, number: 
     phases, codes = trials(tmp_path, number, 200)
     print(number.name, dict(phases), dict(codes))
     assert codes.keys() <= CODES[number]
-    assert phases["save"] > 20 and phases["review"] + phases["surgery"] > 20
+    assert codes.total() == 200
+    assert phases["save"] > 10 and phases["review"] + phases["surgery"] > 10

@@ -142,8 +142,8 @@ def resume_(
     """
     found = read_training(path)
     state, parts = found.state, parts or {}
-    _check_kinds(state, engine, parts)
     _check_model(found.model, engine)
+    _check_kinds(state, engine, parts)
     engine.load_state_dict(state["engine"], differing=differing)
     with _fitting("the model"):
         _load_module(engine.model, {**state["model"], "content": found.model})

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from autowidth.checkpoint import CheckpointError
 from autowidth.engine import AutoWidth
 from autowidth.errors import AutoWidthError
 from autowidth.lab.settings import Settings
@@ -20,6 +21,9 @@ TRAINING = "training"
 
 RETRY = 60.0
 """Seconds after which a disk that refused is tried again, at most."""
+
+REFUSALS = (OSError, CheckpointError)
+"""How a disk refuses; the latter where something else stands now where a folder was."""
 
 T = TypeVar("T")
 
@@ -80,7 +84,7 @@ class Keeper:
             return False
         try:
             self._write(self.folder, keep=1 if last or self.first else self.keep)
-        except OSError as error:
+        except REFUSALS as error:
             self._next = time.perf_counter() + min(self.every, RETRY)
             if not self._refused:
                 self.say(f"{error}; training goes on, and saving is tried again every {min(self.every, RETRY):.3g} s")
@@ -132,7 +136,7 @@ def anywhere(out: Path, rescue: Path | None, write: Callable[[Path], T]) -> tupl
     for place in _places(out, rescue):
         try:
             return place, write(place)
-        except OSError as error:
+        except REFUSALS as error:
             answers.append(str(error))
             if place not in (out, rescue):
                 with suppress(OSError):
