@@ -18,6 +18,7 @@ from autowidth.review.review import Reviewer
 from autowidth.review.statistics import read_gates
 from autowidth.surgery import check_optimizers
 from autowidth.trace import Inputs, keep_frozen_parameters, trace
+from autowidth.unwrapping import inner_optimizer
 
 
 class AttachError(AutoWidthError, ValueError):
@@ -141,5 +142,6 @@ def latency_of(
 
 
 def several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
-    """One optimizer or several, as a tuple."""
-    return tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)  # type: ignore[return-value]
+    """One optimizer or several, as a tuple, without what Accelerate or Lightning put around them."""
+    given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    return tuple(map(inner_optimizer, given))

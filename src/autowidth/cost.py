@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autowidth.channels import ChannelMap
+from autowidth.unwrapping import inner_model, uncompiled
 
 Array = NDArray[np.float64]
 
@@ -117,6 +118,7 @@ def count_macs(model: nn.Module, example_inputs: object) -> int:
     Half of what torch.utils.flop_counter counts (it takes a multiply-accumulate for two operations), divided by the
     batch: convolutions, linear layers and matrix products; norms and activations are free.
     """
+    model = inner_model(model)
     args, kwargs = called(example_inputs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     modes = {module: module.training for module in model.modules()}
@@ -125,7 +127,7 @@ def count_macs(model: nn.Module, example_inputs: object) -> int:
     try:
         for parameter in trained:  # the counter breaks where one that wants a gradient is passed to a module
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), uncompiled(), FlopCounterMode(display=False) as counter:
             model(*args, **kwargs)
     finally:
         for parameter in trained:

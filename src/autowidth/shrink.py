@@ -19,6 +19,7 @@ from autowidth.review.review import Reviewer
 from autowidth.review.state import quiet
 from autowidth.review.trial import NormsAfter
 from autowidth.trace import Inputs, trace
+from autowidth.unwrapping import inner_model
 
 STEPS = 1000
 """On how many steps the schedule of a policy is laid out, none of which are taken."""
@@ -98,6 +99,7 @@ def reviewer_of(
 ) -> Reviewer:  # fmt: skip
     """What reviews the network. Raises as `shrink_` does."""
     check_kinds(model, (), batches, policy, STEPS)
+    model = inner_model(model)
     channel_map = trace(model, example_inputs)
     check_groups(channel_map, model)
     with quiet(model):

@@ -21,6 +21,7 @@ from autowidth.checkpoint.tensors import read_tensor_file, tensor_file, tensors_
 from autowidth.history import History
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
+from autowidth.unwrapping import inner_model
 
 MODEL = "model.safetensors"
 
@@ -43,7 +44,7 @@ def save(
     does not give back, or a path that is a file: the old run is then untouched. Raises WriteError, which is an OSError,
     where the disk refuses: the old run or the new one is then there, as after a crash.
     """
-    write_run(path, model, history=history, channel_map=channel_map, extra=extra)
+    write_run(path, inner_model(model), history=history, channel_map=channel_map, extra=extra)
 
 
 def write_run(
@@ -82,7 +83,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Inp
     Raises CheckpointError where the run is missing, damaged, too new or of another network, TraceError where the model
     does not run on the example inputs. The model is then unchanged.
     """
-    run = read_run(path)
+    run, model = read_run(path), inner_model(model)
     _check_names(run, model)
     state = read_tensors(run)
     _check_contents(run, model, state)

@@ -2,7 +2,7 @@
 
 The life of a review:
 
-    quiet:                                     # evaluation mode, no autocast; modes and random state put back
+    quiet:                                     # evaluation mode, eager, no autocast; modes and random state put back
         look    scoring, held_out = probe data in two parts: one to score filters, one held out for trials
         judge   precise norm statistics, on the scoring part: in training running ones lag behind the weights
                 statistics = probe(scoring)    # the profits of every filter, and the reconstruction
@@ -17,7 +17,6 @@ The life of a review:
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from autowidth.channels import ChannelMap, ResizePlan
 from autowidth.cost import macs_cost, params_cost
@@ -51,6 +49,7 @@ from autowidth.review.state import (
 from autowidth.review.statistics import effective_weights, probe, read_moments
 from autowidth.review.trial import NormsAfter, Subject
 from autowidth.surgery import Journal, all_or_nothing, holders, operate
+from autowidth.unwrapping import body_of, forget_compiled
 
 AUDITS = 3
 """Audits that count for how far worths are trusted: a single one, of a few filters, is mostly noise."""
@@ -120,10 +119,10 @@ class Reviewer:
         self.rng = np.random.default_rng(self.seed)
         self.ages: dict[str, list[int | None]] = {group.name: [None] * group.width for group in self.channel_map.groups}
 
-    def review(self, step: int, total_steps: int) -> Event:
+    def review(self, step: int, total_steps: int, *, notes: Sequence[str] = ()) -> Event:
         """One review. A failure at any point, Ctrl-C included, leaves everything as it was and is raised again.
 
-        Gradients are dropped where shapes change.
+        Gradients are dropped where shapes change. `notes` go into the event, before those of the decision.
         """
         clock = _Clock()
         with (
@@ -146,12 +145,13 @@ class Reviewer:
             situation = self._situation(step, total_steps, judgement, subject)
             clock.lap("audit")
             decision = self.policy.decide(situation)
+            decision = replace(decision, notes=(*notes, *decision.notes))
             clock.lap("decide")
             decision, measured = self._try(decision, situation, judgement, subject)
             clock.lap("audit")
             event = self._commit(journal, decision, situation, judgement, subject, measured, clock)
-        if decision.plan and "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code holds the old shapes, and gives up silently after eight recompiles
+        if decision.plan:
+            forget_compiled()
         if decision.missed is not None:
             warnings.warn(decision.missed, stacklevel=4)
         return event
@@ -333,7 +333,7 @@ class Reviewer:
         """Surgery on everything that holds the model's shapes; co-channels first take over what is removed."""
         removed, known = _removed(plan), subject.known
         corrected = subject.corrected_without(removed)
-        for module in (self.model, *(f.module if isinstance(f, AveragedModel) else f for f in self.followers)):
+        for module in (self.model, *map(body_of, self.followers)):
             tensors = named_tensors(module)
             for name, content in readers_without(removed, self.channel_map, known, tensors).items():
                 journal.write_(tensors[name], content)
@@ -371,10 +371,15 @@ class _Clock:
 
 
 def _checked(loss: Loss, check: Callable[[], None]) -> Loss:
-    """The loss, which gives way to an interrupt before it is asked."""
+    """The loss, which gives way to an interrupt before it is asked, and sees the weights as they are.
+
+    A loss, or a model, that opens an autocast block of its own would find the casts of the last question: what it
+    casts is kept until the outermost block ends, and that is the review's.
+    """
 
     def checked(model: nn.Module, batch: Any) -> Tensor:
         check()
+        torch.clear_autocast_cache()
         return loss(model, batch)
 
     return checked

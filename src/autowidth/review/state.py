@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from autowidth.review.batches import Loss, samples_in
+from autowidth.unwrapping import uncompiled
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[frozenset[nn.Module]]:
-    """Evaluation mode without autocast, and afterwards all modes and the global random state as they were.
+    """Evaluation mode, eager and without autocast; afterwards all modes and the global random state as they were.
 
     Yields the modules that were in training mode.
     """
@@ -30,7 +31,7 @@ def quiet(model: nn.Module) -> Iterator[frozenset[nn.Module]]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     model.eval()
     try:
-        with torch.random.fork_rng(devices=devices), full_precision(model):
+        with torch.random.fork_rng(devices=devices), full_precision(model), uncompiled():
             yield frozenset(module for module, training in modes.items() if training)
     finally:
         random.setstate(states[0])

@@ -34,6 +34,9 @@ from autowidth.review.reconstruct import (
 )
 from autowidth.review.state import full_precision
 
+HALF_SCALE = 32.0
+"""Factor on the loss of one sample while gradients go through float16, whose smallest number is 6e-8."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
@@ -291,6 +294,7 @@ class _GatesWatch(_Watch):
         super().__init__(*args)
         self.known = known
         self.anchor = torch.zeros((), requires_grad=True)
+        self.scale = 1.0
         self.seen: set[ParamAxis] = set()
         self.products: dict[ParamAxis, Tensor] = {}
         self.rests: dict[ParamAxis, Tensor] = {}
@@ -299,6 +303,8 @@ class _GatesWatch(_Watch):
         self, axis: ParamAxis, source: Tensor, call: Callable[[Tensor], Tensor], dim: int, bias: Tensor | None
     ) -> Tensor:
         self.seen.add(axis)
+        if source.dtype is torch.float16:  # gradients of a mean over many samples would be rounded to zero
+            self.scale = HALF_SCALE * self.samples
         sent: list[Tensor] = []  # the gradient at the output arrives first
         if self.anchor.device != source.device or self.anchor.dtype != source.dtype:
             anchor = self.anchor.to(source)
@@ -313,11 +319,11 @@ class _GatesWatch(_Watch):
         """Adds both products. `sent`: the gradient at the output, summed over positions, (n, o)."""
         x = _rows(source.detach().float(), dim, self.samples)
         g = _rows(gradient.float(), dim, self.samples)
-        product = (x * g).sum(-1) * self.samples
+        product = (x * g).sum(-1) * (self.samples / self.scale)
         rest = product
         if axis in self.known:
             rest = product.clone()
-            rest[:, self.positions[axis]] = self._rest(axis, x, g, sent) * self.samples
+            rest[:, self.positions[axis]] = self._rest(axis, x, g, sent) * (self.samples / self.scale)
         for found, more in ((self.products, product), (self.rests, rest)):
             found[axis] = found[axis] + more if axis in found else more
 
@@ -338,7 +344,8 @@ class _GatesWatch(_Watch):
         unseen = {a: w for a, w in self.weights.items() if a not in self.seen and w.requires_grad}
         if not loss.requires_grad:
             return
-        _, *found = torch.autograd.grad(loss, [self.anchor, *unseen.values()], allow_unused=True)
+        scaled = loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.scale
+        _, *found = torch.autograd.grad(scaled, [self.anchor, *unseen.values()], allow_unused=True)
         missed = [axis for axis, gradient in zip(unseen, found, strict=True) if gradient is not None]
         if missed:  # what they read would seem worthless
             raise ProbeError(

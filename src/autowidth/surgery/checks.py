@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from autowidth.channels import ChannelMap
 from autowidth.surgery.attributes import has_attributes, own_tensors
 from autowidth.surgery.edits import Edits
 from autowidth.surgery.optimizers import check_optimizers, held, states
 from autowidth.surgery.refusals import StaleMapError, SurgeryError
+from autowidth.unwrapping import body_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def checked_targets(
     followers: tuple[nn.Module, ...],
 ) -> Targets:
     """Finds what the edits touch. Raises SurgeryError, StaleMapError or UnsupportedOptimizerError."""
-    bodies = [model, *(f.module if isinstance(f, AveragedModel) else f for f in followers)]
+    bodies = [model, *map(body_of, followers)]
     found: list[dict[str, Tensor]] = []
     taken: set[int] = set()
     for place, body in enumerate(bodies):

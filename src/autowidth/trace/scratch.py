@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from autowidth.errors import AutoWidthError
 from autowidth.trace.frames import described
+from autowidth.unwrapping import uncompiled
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a model is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
@@ -59,7 +60,7 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Keeps the caller's inference mode and autocast and the garbage collector out; puts random states back."""
+    """Keeps the caller's modes, autocast, compiled code and the garbage collector out; puts random states back."""
     states = random.getstate(), np.random.get_state()
     homes = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     devices = [home.index for home in homes if home.type == "cuda"]
@@ -68,6 +69,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices))  # dropout and trial insertions draw from it
+            stack.enter_context(uncompiled())
             stack.enter_context(torch.inference_mode(False))  # there ops arrive whole that have no rules
             for kind in {home.type for home in homes} - {"meta"}:
                 stack.enter_context(torch.autocast(kind, enabled=False))  # its cached weights carry no labels
