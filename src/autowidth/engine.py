@@ -24,6 +24,7 @@ from autowidth.attach import (
     resizable,
     several,
 )
+from autowidth.boundaries import Boundary, LoopError, accumulators, check_inference, forbid_backward
 from autowidth.channels import ChannelMap, ResizePlan
 from autowidth.engine_state import SCHEMA, StateError, check_made, made_with, restore_, state_of
 from autowidth.history import Event, History
@@ -35,6 +36,7 @@ from autowidth.review.review import Importance, Reviewer
 from autowidth.review.state import quiet
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
+from autowidth.unwrapping import forget_compiled, inner_model
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +56,19 @@ def resize_(
     objects stay the same ones. Fresh channels have zero fan-out, so that the function is unchanged. Returns the new
     channel map. Raises UnknownGroupError or ValueError where the plan does not fit; warns where it has no effect.
     """
+    check_inference("resize_")
+    model = inner_model(model)
     channel_map = trace(model, example_inputs)
-    return apply_(model, channel_map, plan, optimizers=several(optimizer), followers=followers, generator=generator)
+    resized = apply_(model, channel_map, plan, optimizers=several(optimizer), followers=followers, generator=generator)
+    forget_compiled()
+    return resized
 
 
 class AutoWidth:
     """The engine: call `step()` after every optimizer step; now and then it reviews the widths.
+
+    model: the model itself, or what `torch.compile` made of it. optimizer: one or several of torch, or what Accelerate
+        or Lightning put around them.
 
     probe: a loader or list of batches that can be iterated again and again; it should hold training data that the
         policy may look at, best without augmentation. Never pass test data.
@@ -80,7 +89,8 @@ class AutoWidth:
     seed: decides which filters are audited and how fresh weights are drawn.
 
     Raises AttachError, NothingToResizeError with the reasons, ForeignOptimizerError, UnsupportedOptimizerError,
-    PolicyError, BudgetError, TraceError, ProbeError; FileExistsError where the history is there already.
+    PolicyError, BudgetError, TraceError, ProbeError, LoopError inside of torch.inference_mode; FileExistsError where
+    the history is there already.
     """
 
     def __init__(
@@ -106,6 +116,7 @@ class AutoWidth:
     ) -> None:
         optimizers, policy = several(optimizer), policy or Auto()
         check_kinds(model, optimizers, probe, policy, total_steps)
+        model = _alone(inner_model(model), "AutoWidth(...)")
         channel_map = resizable(model, example_inputs, optimizers, resize_frozen=resize_frozen)
         self.steps, self.total_steps, self._due, steps = 0, total_steps, False, policy.reviews(total_steps)
         self._review_steps = frozenset(steps)
@@ -121,8 +132,14 @@ class AutoWidth:
         if history is not None:
             self._reviewer.history = History(channel_map.widths, path=history)
         self.macs_start, self.params_start = self.macs, self.params
-        self._progress = _Progress(0, total_steps, tuple(sorted(steps)))
+        self._begin()
+
+    def _begin(self) -> None:
+        """What watches over the run: how far it is, and where in the loop a step is counted."""
+        self._progress = _Progress(self.steps, self.total_steps, tuple(sorted(self._review_steps)))
         self._farewell = weakref.finalize(self, _say_what_never_took_place, self._progress)
+        self._boundary = Boundary(self.model, self.optimizers, due=1 in self._review_steps)
+        _engines.add(self)
 
     # ---- what it says of itself
 
@@ -205,10 +222,20 @@ class AutoWidth:
     def step(self, *, finite: bool = True) -> Event | None:
         """Counts one optimizer step. Returns the event of the review, if one took place, else None.
 
+        A call without an optimizer step, while gradients are added up over several batches or because a GradScaler has
+        left it out, counts nothing: a review waits until the gradients are used.
+
         `finite` says whether the loss and the gradients of the step were: a review that is due waits for a step in
         which they are. So does one that failed or was interrupted: it is made after the next step. An interrupt that
         arrives when a review has been made is raised behind it; its event is then the last of `history`.
+
+        Raises LoopError between forward and backward, and inside of torch.inference_mode.
         """
+        check_inference("engine.step()")
+        if not self._boundary.passed():
+            return None
+        if not self.steps:
+            _alone(self.model, "engine.step()")
         self.steps += 1
         self._progress.steps = self.steps
         if self.steps == self.total_steps + 1:
@@ -218,6 +245,7 @@ class AutoWidth:
                 stacklevel=2,
             )
         self._due |= self.steps in self._review_steps
+        self._boundary.due = self._due or self.steps + 1 in self._review_steps
         if not (self._due and finite):
             return None
         made = len(self.history)
@@ -229,9 +257,18 @@ class AutoWidth:
     def review(self) -> Event:
         """One review: look, judge, decide, try, commit. Gradients are dropped where shapes change.
 
-        A review that fails leaves model, optimizers, followers and history as they were.
+        A review that fails leaves model, optimizers, followers and history as they were. Raises LoopError where a
+        forward pass waits for its backward pass, and inside of torch.inference_mode. A backward pass through a graph
+        from before the review raises LoopError.
         """
-        return self._reviewer.review(self.steps, self.total_steps)
+        check_inference("engine.review()")
+        self._boundary.check_graphs()
+        notes = (DROPPED,) if self._boundary.waiting() else ()
+        before = accumulators(self.model)
+        event = self._reviewer.review(self.steps, self.total_steps, notes=notes)
+        if event.maps:
+            forbid_backward(before, self.steps)
+        return event
 
     # ---- what its future depends on
 
@@ -268,11 +305,37 @@ class AutoWidth:
             self.history.attach(path)
         self.steps = self._progress.steps = state["steps"]
         self._due = state["due"]
+        self._boundary.due = self._due or self.steps + 1 in self._review_steps
         self.macs_start, self.params_start = state["macs_start"], state["params_start"]
 
     def abandon(self) -> None:
-        """The run was broken off: that reviews never took place needs no mention."""
+        """The run was broken off: that reviews never took place needs no mention, and another engine may take over."""
         self._farewell.detach()
+        _engines.discard(self)
+
+
+# ---- one engine for one model ----------------------------------------------------------------------------------------
+
+DROPPED = "gradients that no optimizer had used were dropped"
+"""What an event says of a review in the middle of an accumulation."""
+
+_engines: weakref.WeakSet[AutoWidth] = weakref.WeakSet()
+"""The engines that may still review."""
+
+
+def _alone(model: nn.Module, what: str) -> nn.Module:
+    """The model. Raises LoopError in inference mode, and where another engine under way will review its parameters."""
+    check_inference(what)
+    ours = {id(parameter) for parameter in model.parameters()}
+    for other in list(_engines):
+        ahead = [step for step in other._review_steps if step > other.steps]
+        if other.steps and ahead and not ours.isdisjoint(id(parameter) for parameter in other.model.parameters()):
+            raise LoopError(
+                f"{type(model).__name__} has an engine already, at step {other.steps} of {other.total_steps} and with "
+                f"{len(ahead)} reviews ahead, and two would resize it without each other's knowledge: call abandon() "
+                "of the other one first, or go on with it"
+            )
+    return model
 
 
 # ---- the end of a run ------------------------------------------------------------------------------------------------
