@@ -93,11 +93,23 @@ def slow_channels(history: History) -> dict[str, list[int]]:
 def test_an_event_has_exactly_the_agreed_fields() -> None:
     agreed = (
         "step total_steps loss predicted measured price target unit macs_before macs params_before params widths maps "
-        "worths fidelity coefficients seconds notes"
+        "worths fidelity coefficients seconds memory notes"
     )
     assert [f.name for f in dataclasses.fields(Event)] == agreed.split()
     with pytest.raises(dataclasses.FrozenInstanceError):
         event().loss = 1.0
+
+
+def test_a_file_from_before_memory_was_counted_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History({"a": 4})
+    history.append(event())
+    history.write(path)
+    _, line = path.read_text().splitlines()
+    record = json.loads(line)
+    del record["memory"]
+    path.write_text(f'{{"schema": 2, "widths_start": {{"a": 4}}}}\n{json.dumps(record)}\n')
+    assert History.read(path).events == (dataclasses.replace(event(), memory={}),)
 
 
 @given(st.lists(events, max_size=3), st.dictionaries(names, counts))

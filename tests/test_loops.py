@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from autowidth.boundaries import LoopError
 from autowidth.engine import DROPPED, AutoWidth, resize_
@@ -218,3 +219,53 @@ def test_a_second_engine_is_refused_while_the_first_is_under_way() -> None:
         second.step()
     first.abandon()
     second.step()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_event_says_how_many_bytes_surgery_gives_back(kind: type[torch.optim.Optimizer]) -> None:
+    """Counted by hand: four bytes for each number of the model, its two moments or one, and its averaged copy."""
+    model = small()
+    optimizer = kind(model.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    average = AveragedModel(model)
+    engine = attached(model, optimizer, followers=[average])
+
+    def counted() -> int:
+        numbers, steps = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+        state = numbers * 4 if kind is torch.optim.SGD else 2 * numbers * 4 + steps * 4
+        return numbers * 4 + buffers + state + numbers * 4 + buffers + 8  # the copy counts its updates
+
+    expected = 0
+    for x, y in DATA[:4]:
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+        expected = counted()
+        event = engine.step()
+        if event is not None:
+            assert event.memory == {"before": expected, "after": counted()}
+    assert event is not None
+    assert engine.history.events[0].memory["before"] > engine.history.events[-1].memory["after"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_accelerator_gets_back_what_surgery_frees() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4096, 3), nn.ReLU(), nn.Conv2d(4096, 4096, 3), nn.ReLU(), nn.Conv2d(4096, 8, 1))
+    model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).cuda()
+    optimizer = sgd(model)
+    data = [(x[:8].cuda(), y[:8].cuda()) for x, y in DATA]
+    engine = AutoWidth(
+        model, optimizer, example_inputs=IMAGE.cuda(), probe=data, loss_fn=CE, policy=Budget(macs=0.3), total_steps=4,
+        effort=Effort(probe_samples=8, audit_samples=8, audit_filters=1),
+    )  # fmt: skip
+    CE(model(data[0][0]), data[0][1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    memory = engine.review().memory
+    freed = memory["before"] - memory["after"]
+    assert freed > 0
+    assert memory["reserved_before"] - memory["reserved"] > freed / 2
+    assert memory["peak"] >= memory["before"]

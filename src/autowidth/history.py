@@ -17,10 +17,11 @@ from autowidth.errors import AutoWidthError
 from autowidth.history_lines import is_count, wrong_entry
 from autowidth.reading import ReadError, read_bytes, strict_json
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the file format. A reader takes older ones, and refuses a file of a newer version.
 
 1: the cost aimed at was `target_macs`, whatever its unit; predictions were `announced`.
+2: no `memory`.
 """
 
 LIMIT = 1 << 28
@@ -96,6 +97,8 @@ class Event:
     """Of (next-layer, own-layer) in the worth, as the audits had taught by then."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each of `PARTS`."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes, by what they are counted of: see `autowidth.review.memory`. Empty where nobody counted."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,6 +111,7 @@ class Event:
         object.__setattr__(self, "worths", {group: tuple(map(_finite_or_nan, w)) for group, w in self.worths.items()})
         object.__setattr__(self, "coefficients", tuple(map(_finite_or_nan, self.coefficients)))
         object.__setattr__(self, "seconds", {part: _finite_or_nan(s) for part, s in self.seconds.items()})
+        object.__setattr__(self, "memory", {what: int(count) for what, count in self.memory.items()})
         object.__setattr__(self, "notes", tuple(self.notes))
 
     @property
@@ -440,9 +444,11 @@ def _header(path: str | os.PathLike[str], line: bytes) -> tuple[int, dict[str, i
 
 def _upgraded(record: dict[str, Any], schema: int) -> dict[str, Any]:
     """The record of an event as this version writes it. Raises KeyError where an entry is missing."""
-    if schema >= 2:
+    if schema >= 3:
         return record
-    known = dict(record)
+    known = dict(record) | {"memory": {}}
+    if schema == 2:
+        return known
     return known | {"predicted": known.pop("announced"), "target": known.pop("target_macs"), "unit": "macs"}
 
 

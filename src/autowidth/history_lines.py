@@ -57,6 +57,7 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "fidelity": _is_fidelity,
     "coefficients": _is_numbers,
     "seconds": _each(_is_number),
+    "memory": _each(is_count),
     "notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value),
 }
 """Field of an event -> whether a value is one that it can have."""

@@ -36,6 +36,7 @@ from autowidth.policy import Costs, Decision, GroupReport, Policy, Situation, sh
 from autowidth.review.batches import Batches, Loss, count, mean_loss, samples_of, take
 from autowidth.review.calibrate import Array, Calibration, agreement, refit, sample
 from autowidth.review.effort import FittedEffort
+from autowidth.review.memory import Memory, give_back
 from autowidth.review.profit import combined, profits
 from autowidth.review.reconstruct import Reconstruction, readers_without, reconstruction
 from autowidth.review.state import (
@@ -152,6 +153,7 @@ class Reviewer:
             event = self._commit(journal, decision, situation, judgement, subject, measured, clock)
         if decision.plan:
             forget_compiled()
+            give_back()
         if decision.missed is not None:
             warnings.warn(decision.missed, stacklevel=4)
         return event
@@ -308,6 +310,7 @@ class Reviewer:
     ) -> Event:  # fmt: skip
         """Makes the decision and records it; both, or neither."""
         before = (self.macs, self.params)
+        memory = Memory.of(self.model, self.optimizers, self.followers)
         self._assign(journal, "calibration", judgement.calibration)
         if decision.plan:
             self._resize(journal, decision.plan, subject)
@@ -324,6 +327,7 @@ class Reviewer:
             widths=self.channel_map.widths, maps=dict(decision.plan),
             worths={name: _span(worth) for name, worth in judgement.worths.items() if np.isfinite(worth).all()},
             fidelity=judgement.fidelity, coefficients=judgement.calibration.coefficients, seconds=clock.seconds,
+            memory=memory.now(),
             notes=(*decision.notes, *missed),
         )  # fmt: skip
         journal.call(lambda: self.history.append(event), lambda: self.history.retract(event))
