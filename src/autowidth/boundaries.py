@@ -32,7 +32,7 @@ class Boundary:
         self.optimizers = tuple(optimizers)
         self.calls = 0
         self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
-        self._stepped = False
+        self._stepped = self._seen = False
         self._used: dict[Optimizer, tuple[weakref.ref[Tensor], int]] = {}
         self._saved: list[int] | None = None
         self.due = due
@@ -53,22 +53,21 @@ class Boundary:
     def passed(self) -> bool:
         """Whether an optimizer step has been made since the last call.
 
-        Nothing has been made where gradients wait that no optimizer has used: in the middle of an accumulation, and
-        where a GradScaler left out a step. Where no gradient waits either, somebody steps in a way that is not seen.
-        Warns where a step has been made and gradients wait again.
+        None has been made in the middle of an accumulation, and where a GradScaler has left it out. Where none has ever
+        been seen and no gradient waits for one, somebody steps in a way that is not seen, and each call counts. Warns
+        where a step has been made and gradients wait again.
         """
         self.calls += 1
         stepped, self._stepped = self._stepped, False
-        if stepped and not self.due and self.calls > LOOKS:
-            return True
-        waiting = self.waiting()
+        self._seen |= stepped
+        waiting = (self.calls <= LOOKS or not self._seen) and self.waiting()
         if stepped and waiting and self.calls <= LOOKS:
             warnings.warn(
                 "engine.step() finds gradients that no optimizer has used, and a review drops them: call it after "
                 "optimizer.step(), before the next backward()",
                 stacklevel=3,
             )
-        return stepped or not waiting
+        return stepped or not (self._seen or waiting)
 
     def waiting(self) -> bool:
         """Whether there are gradients that no optimizer has used."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from autowidth.loaders import load_loader_state, loader_state
 from autowidth.review.calibrate import Calibration
 from autowidth.review.review import Reviewer
 from autowidth.surgery import Journal, all_or_nothing, holders, operate
+from autowidth.unwrapping import forget_compiled
 
 SCHEMA = 1
 """Version of the state. A newer one is refused."""
@@ -79,8 +79,8 @@ def restore_(reviewer: Reviewer, state: Mapping[str, Any]) -> None:
         load_loader_state(reviewer.probe, state["probe"], anew=True)  # a review leaves its pass when it has enough
         _load_own(reviewer.policy, state["policy"])
         _load_own(reviewer.importance, state["importance"])
-    if plan and "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # compiled code holds the old shapes
+    if plan:
+        forget_compiled()
 
 
 # ---- what an engine was made with ------------------------------------------------------------------------------------
