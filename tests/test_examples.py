@@ -40,6 +40,36 @@ def test_the_example_runs_without_the_packages_of_the_laboratory(tmp_path: Path)
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [(), ("--float16",)])
+def test_the_example_in_mixed_precision_runs(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = run(sys.executable, str(EXAMPLE.with_name("mixed_precision_loop.py")), *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_learnt(done.stdout)
+    assert "bytes" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_in_mixed_precision_runs_compiled(tmp_path: Path) -> None:
+    done = run(sys.executable, str(EXAMPLE.with_name("mixed_precision_loop.py")), "--compile", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_learnt(done.stdout)
+
+
+def test_the_example_with_accelerate_runs(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    done = run(sys.executable, str(EXAMPLE.with_name("accelerate_loop.py")), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_learnt(done.stdout)
+    assert (tmp_path / "runs" / "accelerate" / "model.safetensors").is_file()
+
+
+def assert_learnt(printed: str) -> None:
+    *_, last = printed.splitlines()
+    accuracy, macs = re.fullmatch(r"epoch 8: accuracy ([\d.]+)% with (\d+)% of the MACs", last).groups()  # type: ignore[union-attr]
+    assert float(accuracy) > 90
+    assert int(macs) <= 25
+
+
 def test_the_command_without_its_packages_says_what_to_install(tmp_path: Path) -> None:
     program = f"{BLOCKED}sys.argv = ['autowidth', 'train']\nrunpy.run_module('autowidth', run_name='__main__')"
     done = run(sys.executable, "-c", program, folder=tmp_path)
