@@ -27,13 +27,13 @@ from autowidth.engine import Effort
 from autowidth.lab.data import CorruptImageError, digits
 from autowidth.lab.loop import (
     Method,
-    compiled,
     decayed_and_not,
     evaluate,
     one_cycle,
     probe_batches,
     train,
 )
+from autowidth.lab.loop_parts import compiled
 from autowidth.lab.models import build, resolve
 from autowidth.lab.prepare import ModelError
 from autowidth.lab.result import Progress
@@ -435,7 +435,9 @@ def test_a_compiled_run_is_the_eager_run_through_surgery() -> None:
         torch.compiler.reset()
         counters.clear()
         told: list[Progress] = []
-        results[quickly] = train(settings.model_copy(update={"compile": quickly}), report=told.append)
+        results[quickly] = train(
+            settings.model_copy(update={"compile": quickly, "compile_share": 1.0}), report=told.append
+        )
         losses[quickly] = [p.loss for p in told if p.loss is not None] + [results[quickly].loss]
         assert (counters["stats"]["unique_graphs"] > 0) == quickly
     assert results[True].removed > 0

@@ -223,7 +223,8 @@ class AutoWidth:
         """Counts one optimizer step. Returns the event of the review, if one took place, else None.
 
         A call without an optimizer step, while gradients are added up over several batches or because a GradScaler has
-        left it out, counts nothing: a review waits until the gradients are used.
+        left it out, counts nothing: a review waits until the gradients are used. With finite=False it counts: the loop
+        has left the step out itself.
 
         `finite` says whether the loss and the gradients of the step were: a review that is due waits for a step in
         which they are. So does one that failed or was interrupted: it is made after the next step. An interrupt that
@@ -232,7 +233,7 @@ class AutoWidth:
         Raises LoopError between forward and backward, and inside of torch.inference_mode.
         """
         check_inference("engine.step()")
-        if not self._boundary.passed():
+        if not self._boundary.passed() and finite:
             return None
         if not self.steps:
             _alone(self.model, "engine.step()")

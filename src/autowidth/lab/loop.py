@@ -34,13 +34,13 @@ from torch.optim.swa_utils import AveragedModel
 from autowidth.engine import AutoWidth
 from autowidth.history import Event
 from autowidth.lab.baselines.registry import TrainingRule
+from autowidth.lab.compiling import PacedLoss
 from autowidth.lab.data import ImageSet
 from autowidth.lab.finite import DivergedError, FiniteCheck
 from autowidth.lab.keeping import Keeper, NowhereError, anywhere
 from autowidth.lab.lock import locked
 from autowidth.lab.loop_parts import (
     PROBED,
-    compiled,
     cpu_threads,
     decayed_and_not,
     evaluate,
@@ -188,7 +188,8 @@ class _Run:
             decayed_and_not(network, settings.weight_decay), settings.lr, settings.momentum, nesterov=True
         )
         self.schedule = LambdaLR(self.optimizer, self._rate)
-        self.loss_of = compiled(self._loss_of, settings.model) if settings.compile else self._loss_of
+        self.paced = self._paced(policy) if settings.compile else None
+        self.loss_of = self.paced or self._loss_of
         self.average = None if settings.ema is None else AveragedModel(
             network, multi_avg_fn=self._follow, use_buffers=True
         )  # fmt: skip
@@ -201,6 +202,16 @@ class _Run:
         self.finite = FiniteCheck(network, most=settings.bad_steps, remedy=self._remedy, say=self._say)
         parts = {"loop": self.standing, "batches": self.batches, "schedule": self.schedule}
         self.keeper = Keeper(settings, self.engine, parts=parts, about=self._description, say=self._say)
+
+    def _paced(self, policy: Policy) -> PacedLoss:
+        """The training loss, compiled where that pays."""
+        changes = (*sorted(policy.reviews(self.total_steps)), self.total_steps)
+        return PacedLoss(
+            self._loss_of, model=self.settings.model, share=self.settings.compile_share, total_steps=self.total_steps,
+            say=self._say,
+            layers=sum(parameter.dim() > 1 for parameter in self.network.parameters()),
+            ahead=lambda: next(step for step in changes if step > self.engine.steps) - self.engine.steps,
+        )  # fmt: skip
 
     def _attached(self, policy: Policy, method: Method) -> AutoWidth:
         """The engine on the network."""
@@ -291,6 +302,8 @@ class _Run:
             return None
         if event is not None and event.maps:
             self.finite.follow(self.network)
+            if self.paced is not None:
+                self.paced.anew()
         return event
 
     def _look_up(self, asked: StopAsked) -> None:
@@ -448,7 +461,7 @@ class _Run:
             skipped=len(self.images.skipped), reviews=len(history),
             seconds=at.seconds, cpu_seconds=at.cpu_seconds, review_seconds=engine.review_seconds,
             device=str(self.device), threads=torch.get_num_threads(), widths_start=history.widths_start,
-            widths=engine.widths,
+            widths=engine.widths, compile_seconds=0.0 if self.paced is None else self.paced.seconds,
             out=None if settings.out is None else str(settings.out),
             network=self.outcome, channel_map=engine.channel_map, history=history,
         )  # fmt: skip

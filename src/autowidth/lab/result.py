@@ -76,12 +76,13 @@ class Resized:
 class Result(Resized):
     """What a run ended with. Accuracy is a share, loss in nats per image, MACs those of one image.
 
-    `part` says on which images accuracy and loss were measured. `accuracy_start` is that of weights that were brought,
-    before training, None where there were none. `seconds` is the wall time of the loop with its
-    evaluations, `review_seconds` the part of it that reviews took, `cpu_seconds` the processor time of the loop, on
-    which other processes of a busy machine weigh less. `latency_ms` is what a forward pass of one image takes, None
-    where the policy does not bound it. `inserted_alive` counts inserted filters that are still there, `skipped` images
-    that were left out because they cannot be read. `network` is the averaged copy where there is one.
+    `part` says on which images accuracy and loss were measured. `accuracy_start` is that of weights that were
+    brought, before training, None where there were none. `seconds` is the wall time of the loop with its
+    evaluations, `review_seconds` the part of it that reviews took, `compile_seconds` that of compiling,
+    `cpu_seconds` the processor time of the loop, on which other processes of a busy machine weigh less.
+    `latency_ms` is what a forward pass of one image takes, None where the policy does not bound it.
+    `inserted_alive` counts inserted filters that are still there, `skipped` images that were left out because they
+    cannot be read. `network` is the averaged copy where there is one.
     """
 
     model: str
@@ -111,3 +112,4 @@ class Result(Resized):
     widths_start: dict[str, int]
     widths: dict[str, int]
     out: str | None
+    compile_seconds: float = 0.0

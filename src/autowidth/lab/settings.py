@@ -80,7 +80,12 @@ class Settings(PolicySettings):
         "after n steps at most (1 + n) / (10 + n)",
     )
     compile: bool = Field(
-        False, description="compile the forward pass and the loss; anew after every review that changes widths"
+        False,
+        description="compile the forward pass and the loss, anew after every review that changes widths, where that "
+        "wins more time than it takes",
+    )
+    compile_share: float = Field(
+        0.1, ge=0, le=1, description="how much of the run compiling may take; 1: compile at any price"
     )
     channels_last: bool = Field(False, description="keep images and weights in the channels_last memory format")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto: cuda where there is one")
