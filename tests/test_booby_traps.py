@@ -75,7 +75,7 @@ COMMANDS = (
     "inspect {file}:Net",
     "train --model {file}", "train --config {file} --quiet", "train --data {file}", "train --data folder:{file}",
     "eval {run}", "predict {run} {file}", "shrink resnet8 --weights {run} --data digits",
-    "train --weights {run} --quiet",
+    "train --weights {run} --quiet", "train --resume {run} --quiet", "train --resume {file} --quiet",
     "predict {whole} {file}", "bench {file}",
 )  # fmt: skip
 """Every command, with the file in every place that takes one; `run` is a folder whose files it has replaced."""

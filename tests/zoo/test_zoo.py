@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autowidth import IndexMap, load_, load_state_dict_, resize_, save, trace
 from zoo.coverage import Row, broken, code, examine, examined, general, main, read_rows, write_rows
 from zoo.memory import peak_during, resident, returning_memory
 from zoo.subjects import CONVOLUTIONAL, KNOWN, SUBJECTS, TORCHVISION, Subject
@@ -259,3 +260,51 @@ def test_a_missing_library_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError):
         import_timm()
+
+
+# ---- saved runs and state dicts --------------------------------------------------------------------------------------
+
+
+def narrowed(subject: Subject) -> tuple[nn.Module, dict[str, int]]:
+    """A network of which every channel group that can has lost a third of its channels, and its widths."""
+    torch.manual_seed(0)
+    model, inputs = subject.build(), subject.inputs()
+    plan = {g.name: IndexMap.removing(range(g.width // 3), g.width) for g in trace(model, inputs).groups if g.width > 3}
+    return model.eval(), resize_(model, plan, example_inputs=inputs).widths
+
+
+def check_fresh(subject: Subject, folder: Path) -> None:
+    """Fresh networks take the widths and the content of a saved run, and of a state dict."""
+    model, widths = narrowed(subject)
+    inputs = subject.inputs()
+    save(folder, model)
+    torch.manual_seed(1)
+    for take in (
+        lambda fresh: load_(fresh, folder, example_inputs=inputs),
+        lambda fresh: load_state_dict_(fresh, model.state_dict(), example_inputs=inputs, widths=widths),
+    ):
+        fresh = subject.build().eval()
+        assert take(fresh).widths == widths
+        with torch.no_grad():
+            assert torch.equal(fresh(inputs), model(inputs))
+
+
+FRESH = ("squeezenet1_1", "resnet10t")
+"""One network of each library, small."""
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_fresh_network_takes_over_a_saved_one(name: str, tmp_path: Path) -> None:
+    needed(SUBJECTS[name])
+    check_fresh(replace(SUBJECTS[name], pixels=64), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "densenet121", "googlenet", "mobilenet_v3_small", "shufflenet_v2_x1_0", "regnet_y_400mf", "mnasnet1_0",
+     "cspresnet50", "dla46_c", "ghostnet_050", "mixnet_s", "hrnet_w18_small", "repghostnet_050", "ese_vovnet19b_dw"],
+)  # fmt: skip
+def test_fresh_networks_take_over_saved_ones(name: str, tmp_path: Path) -> None:
+    needed(SUBJECTS[name])
+    check_fresh(replace(SUBJECTS[name], pixels=64), tmp_path)
