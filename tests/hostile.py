@@ -442,6 +442,14 @@ class Loader:
         return Outcome(**json.loads(line))
 
 
+def deep(width: int = 4) -> Any:
+    """Ten convolutions of this width and a head."""
+    from torch import nn
+
+    blocks = [m for n in range(10) for m in (nn.Conv2d(width if n else 3, width, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
 def serve() -> None:
     """Loads the folders whose names come in, and says what came of it, line by line."""
     from test_checkpoint import INPUT, fresh
@@ -451,14 +459,16 @@ def serve() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         folder, network = json.loads(line)
-        model = fresh(NETWORKS[network], seed=9)
+        model = fresh({**NETWORKS, "deep": deep}[network], seed=9)
         example = INPUT.to(next(model.parameters()).dtype)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         memory = reset_peak()
         start = time.process_time()
         with seen.watching(folder):
-            said, detail = attempt(Path(folder), model, example)
+            said, detail, found = attempt(Path(folder), model, example)
         seconds, megabytes = time.process_time() - start, peak() - memory
+        if found is not None:
+            said = f"{said} {digest(*found, model)}"
         if not said.startswith("loaded") and not same(model.state_dict(), before):
             said = "refused, but the network has changed"
         outcome = {"said": said, "detail": detail, "seconds": seconds, "megabytes": megabytes, "outside": seen.outside}
@@ -466,8 +476,8 @@ def serve() -> None:
         answers.flush()
 
 
-def attempt(folder: Path, model: Any, example: Any) -> tuple[str, str]:
-    """Everything that a saved run can be asked for."""
+def attempt(folder: Path, model: Any, example: Any) -> tuple[str, str, tuple[Any, list[bytes]] | None]:
+    """Everything that a saved run can be asked for: what came of it, why, and what was found in it."""
     import warnings
 
     from autowidth.checkpoint import CheckpointError, load_, read_run
@@ -480,10 +490,10 @@ def attempt(folder: Path, model: Any, example: Any) -> tuple[str, str]:
             lines = [] if history is None else list(history.lines())
             load_(model, folder, example_inputs=example)
     except CheckpointError as error:
-        return "refused", str(error)[:300]
+        return "refused", str(error)[:300], None
     except BaseException as error:
-        return type(error).__name__, repr(error)[:300]
-    return f"loaded {digest(run, lines, model)}", ""
+        return type(error).__name__, repr(error)[:300], None
+    return "loaded", "", (run, lines)
 
 
 def digest(run: Any, lines: list[bytes], model: Any) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hostile import CORPUS, DAMAGES, FORGERIES, Loader, Mutation, Outcome, cases, sealed
+from autowidth.checkpoint import save
+from hostile import CORPUS, DAMAGES, FORGERIES, Loader, Mutation, Outcome, cases, deep, sealed
 
 SECONDS = 1.0
 """Of the processor, that one attempt may take."""
@@ -90,6 +91,16 @@ def test_a_few_runs(loader: Loader, tmp_path: Path, kind: str) -> None:
     assert found == []
     assert counts["refused"] > 60
     assert counts["loaded"] > 0
+
+
+def test_a_large_run_takes_at_most_three_times_its_file_in_memory(loader: Loader, tmp_path: Path) -> None:
+    """Its pages, the network, and less than another while tensors are resized."""
+    save(tmp_path / "run", deep(480))
+    assert size(tmp_path / "run") > 70
+    loader.load(CORPUS / "schema_2" / "tied", "tied")  # what torch imports at first use is not counted
+    outcome = loader.load(tmp_path / "run", "deep")
+    assert outcome.said.startswith("loaded")
+    assert outcome.megabytes < 3 * size(tmp_path / "run"), outcome
 
 
 @pytest.mark.slow

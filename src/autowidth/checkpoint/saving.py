@@ -190,10 +190,15 @@ def take_over_(
 
     Raises CheckpointError where that fails; the model is then unchanged.
     """
+    trial = copy.deepcopy(model)
     try:
-        _take_over(copy.deepcopy(model), channel_map, plan, state)  # what fails, fails on a copy
+        _take_over(trial, channel_map, plan, state)  # what fails, fails on a copy
     except Exception as error:
         raise CheckpointError(f"{what} does not fit {type(model).__name__}: {error}") from error
+    for tensor in (*trial.parameters(), *trial.buffers()):
+        tensor.data = tensor.data.new_empty(
+            0
+        )  # hooks and modules refer to each other, so that it would stay for a while
     return _take_over(model, channel_map, plan, state)
 
 
