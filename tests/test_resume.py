@@ -21,7 +21,7 @@ from torch import Tensor
 from autowidth.checkpoint import read_run
 from autowidth.engine import AutoWidth
 from autowidth.lab import keeping
-from autowidth.lab.finite import DivergedError
+from autowidth.lab.finite import DivergedError, FiniteCheck
 from autowidth.lab.keeping import TRAINING, Interrupted, NowhereError
 from autowidth.lab.lock import LockedError, locked
 from autowidth.lab.loop import train
@@ -300,6 +300,21 @@ def test_a_step_that_is_not_finite_is_left_out_told_and_neither_reviewed_nor_sav
     assert bad + 2 in [event.step for event in result.history] and bad not in [e.step for e in result.history]
     assert math.isfinite(result.loss)
     assert all(torch.isfinite(t).all() for t in result.network.state_dict().values())
+
+
+def test_gradients_that_are_huge_are_finite_and_one_infinite_element_is_not() -> None:
+    network = Tiny(10, 1)
+    check = FiniteCheck(network, most=10, remedy=lambda: "", say=lambda sentence: None)
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 3e38)  # the square of which no float32 holds
+    check.before()
+    assert check.step(torch.tensor(1.0), 1)
+    for bad in (math.inf, -math.inf, math.nan):
+        assert network.norm.bias.grad is not None
+        network.norm.bias.grad[2] = bad
+        assert not check.step(torch.tensor(1.0), 2)
+        network.norm.bias.grad[2] = 0.0
+        assert check.step(torch.tensor(1.0), 3) and not check.step(torch.tensor(bad), 4)
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_what_was_saved(tmp_path: Path, spoilt: type[Spoilt]) -> None:

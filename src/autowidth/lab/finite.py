@@ -45,7 +45,7 @@ class FiniteCheck:
 
     def step(self, loss: Tensor, number: int) -> bool:
         """Whether the loss and the gradients of step `number` are finite; if not, the buffers are as before it."""
-        if bool(torch.isfinite(_largest(loss, self._parameters))):
+        if _all_finite(loss, self._parameters):
             self.steps = 0
             return True
         if self._buffers:
@@ -74,11 +74,13 @@ class FiniteCheck:
         self.say(f"{what}, {count} of {self.most} in a row before the run ends: {then}, no review and no checkpoint")
 
 
-def _largest(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The largest absolute value among the loss and all gradients, a scalar; not finite where one of them is not.
+def _all_finite(loss: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the loss, a scalar, and all gradients are finite. One wait for an accelerator where they are.
 
-    The largest, because a sum of squares overflows where no gradient does.
+    Norms are quick, but their sums of squares overflow where no gradient does: then every element is looked at.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients, math.inf) if gradients else ()
-    return torch.stack([loss.detach().float().abs(), *(norm.float() for norm in norms)]).max()
+    norms = torch._foreach_norm(gradients) if gradients else ()
+    if bool(torch.stack([loss.detach().float(), *(norm.float() for norm in norms)]).isfinite().all()):
+        return True
+    return bool(torch.isfinite(loss)) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
