@@ -32,8 +32,8 @@ class Boundary:
         self.optimizers = tuple(optimizers)
         self.calls = 0
         self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
-        self._stepped = self._seen = False
-        self._used: dict[Optimizer, tuple[weakref.ref[Tensor], int]] = {}
+        self._stepped = self.seen = False
+        self.gradients: dict[Optimizer, tuple[weakref.ref[Tensor], int]] = {}
         self._saved: list[int] | None = None
         self.due = due
         """Whether a review follows the next optimizer step, before which more is noted."""
@@ -46,9 +46,8 @@ class Boundary:
         self._stepped = True
         gradient = _first_gradient(optimizer)
         if gradient is not None:
-            self._used[optimizer] = (weakref.ref(gradient), gradient._version)
-        if self.due:
-            self._saved = [_saved(parameter) for parameter in self._parameters]
+            self.gradients[optimizer] = (weakref.ref(gradient), gradient._version)
+        self._saved = [_saved(parameter) for parameter in self._parameters] if self.due else None
 
     def passed(self) -> bool:
         """Whether an optimizer step has been made since the last call.
@@ -57,17 +56,17 @@ class Boundary:
         been seen and no gradient waits for one, somebody steps in a way that is not seen, and each call counts. Warns
         where a step has been made and gradients wait again.
         """
-        self.calls += 1
+        self.calls = min(self.calls + 1, LOOKS + 1)
         stepped, self._stepped = self._stepped, False
-        self._seen |= stepped
-        waiting = (self.calls <= LOOKS or not self._seen) and self.waiting()
+        self.seen |= stepped
+        waiting = (self.calls <= LOOKS or not self.seen) and self.waiting()
         if stepped and waiting and self.calls <= LOOKS:
             warnings.warn(
                 "engine.step() finds gradients that no optimizer has used, and a review drops them: call it after "
                 "optimizer.step(), before the next backward()",
                 stacklevel=3,
             )
-        return stepped or not (self._seen or waiting)
+        return stepped or not (self.seen or waiting)
 
     def waiting(self) -> bool:
         """Whether there are gradients that no optimizer has used."""
@@ -77,7 +76,7 @@ class Boundary:
         gradient = _first_gradient(optimizer)
         if gradient is None:
             return False
-        used, version = self._used.get(optimizer, (lambda: None, 0))
+        used, version = self.gradients.get(optimizer, (lambda: None, 0))
         if used() is gradient and version == gradient._version:
             return False
         return bool(gradient.any())  # zeros are what zero_grad(set_to_none=False) leaves behind

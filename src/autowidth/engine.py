@@ -254,6 +254,7 @@ class AutoWidth:
             return self.review()
         finally:
             self._due = len(self.history) == made
+            self._boundary.due = self._due or self.steps + 1 in self._review_steps
 
     def review(self) -> Event:
         """One review: look, judge, decide, try, commit. Gradients are dropped where shapes change.
@@ -280,7 +281,8 @@ class AutoWidth:
         fitted, where the probe stands. Not the content of model, optimizers and followers, which have state dicts.
         """
         return {
-            "schema": SCHEMA, "steps": self.steps, "due": self._due, "macs_start": self.macs_start,
+            "schema": SCHEMA, "steps": self.steps, "due": self._due, "calls": self._boundary.calls,
+            "seen": self._boundary.seen, "macs_start": self.macs_start,
             "params_start": self.params_start, "made_with": made_with(self._reviewer, self.total_steps),
             **state_of(self._reviewer),
         }  # fmt: skip
@@ -305,7 +307,7 @@ class AutoWidth:
         if path is not None:
             self.history.attach(path)
         self.steps = self._progress.steps = state["steps"]
-        self._due = state["due"]
+        self._due, self._boundary.calls, self._boundary.seen = state["due"], state["calls"], state["seen"]
         self._boundary.due = self._due or self.steps + 1 in self._review_steps
         self.macs_start, self.params_start = state["macs_start"], state["params_start"]
 
