@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,13 +13,16 @@ from autowidth.channels import ChannelMap
 from autowidth.errors import AutoWidthError
 from autowidth.latency import LatencyMeter
 from autowidth.policy import Policy, Start
+from autowidth.ranks import ALONE, Ranks
 from autowidth.review.batches import Loss, ProbeError, of_pairs, samples_in
 from autowidth.review.effort import Effort, FittedEffort
 from autowidth.review.review import Reviewer
+from autowidth.review.shares import samples_on_all
 from autowidth.review.statistics import read_gates
 from autowidth.surgery import check_optimizers
 from autowidth.trace import Inputs, keep_frozen_parameters, trace
 from autowidth.unwrapping import inner_optimizer
+from autowidth.wrappers import check_wrapper, refuse_sharded, wrappers_of
 
 
 class AttachError(AutoWidthError, ValueError):
@@ -36,7 +40,8 @@ class ForeignOptimizerError(AutoWidthError, ValueError):
 def check_kinds(
     model: object, optimizers: tuple[object, ...], probe: object, policy: object, total_steps: object
 ) -> None:
-    """Raises AttachError or ProbeError for arguments that are swapped or of another kind."""
+    """Raises AttachError or ProbeError for arguments that are swapped or of another kind, ShardedModelError."""
+    refuse_sharded(model)
     if not isinstance(model, nn.Module):
         raise AttachError(f"model is a {type(model).__name__}: pass the nn.Module first, then its optimizer")
     if wrong := [o for o in optimizers if not isinstance(o, Optimizer)]:
@@ -87,6 +92,35 @@ def _check_groups(model: nn.Module, channel_map: ChannelMap, optimizers: tuple[O
         )
 
 
+def check_ranks(reviewer: Reviewer, total_steps: int) -> None:
+    """Raises WrapperError, and RanksDifferError where ranks were not given the same."""
+    model = reviewer.model
+    for wrapper in wrappers_of([model]):
+        check_wrapper(wrapper)
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [[names.get(id(p)) for g in o.param_groups for p in g["params"]] for o in reviewer.optimizers]
+    facts = {
+        "a network of shapes": {name: list(shape) for name, shape in sorted(reviewer.channel_map.shapes.items())},
+        "widths": reviewer.channel_map.widths,
+        "total_steps": total_steps,
+        "seed": reviewer.seed,
+        "policy": reviewer.policy,
+        "effort": reviewer.effort,
+        "importance": reviewer.importance,
+        "reconstruct": reviewer.reconstruct,
+        "followers": len(reviewer.followers),
+        "optimizers": [(type(o).__name__, found) for o, found in zip(reviewer.optimizers, held, strict=True)],
+    }
+    reviewer.ranks.check_same(
+        {name: _ADDRESS.sub("", repr(value)) for name, value in facts.items()},
+        "start every rank with the same arguments; the probe alone may differ",
+    )
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""What the repr of an object without one of its own holds, and no two processes share."""
+
+
 def check_groups(channel_map: ChannelMap, model: nn.Module) -> None:
     """Raises NothingToResizeError, with the reasons, for a network without a channel group."""
     if not channel_map.groups:
@@ -106,15 +140,20 @@ def first_batch(probe: Iterable[Any]) -> Any:
 
 
 def fitted_effort(
-    effort: Effort | None, channel_map: ChannelMap, reviews: int, total_steps: int, batch_size: int | None, batch: Any
-) -> FittedEffort:
-    """How much a review looks at, in a run of so many steps with batches of this size, or of that of the probe."""
-    samples = batch_size or (1 if batch is None else samples_in(batch))
+    effort: Effort | None, channel_map: ChannelMap, reviews: int, total_steps: int, batch_size: int | None, batch: Any,
+    ranks: Ranks,
+) -> FittedEffort:  # fmt: skip
+    """How much a review looks at, in a run of so many steps with batches of this size, or of that of the probe.
+
+    Batches of all ranks count, and it is all of them together who look.
+    """
+    samples = round(ranks.totals(batch_size or (1 if batch is None else samples_in(batch)))[0])
     return (effort or Effort()).fitted(total_steps * samples, reviews, groups=len(channel_map.groups))
 
 
 def check_start(reviewer: Reviewer, batch: Any) -> None:
     """Raises what the policy says of this start, and what a probe of one batch, if there is one, comes upon."""
+    reviewer.samples = samples_on_all(reviewer.probe, batch, reviewer.ranks)
     start = Start(costs=reviewer.costs(), widths=reviewer.channel_map.widths, samples=reviewer.samples)
     reviewer.policy.check(start)
     if batch is not None:
@@ -132,13 +171,14 @@ def loss_of(loss_fn: Callable[[Any, Any], Tensor] | None, loss: Loss | None) -> 
 
 
 def latency_of(
-    model: nn.Module, channel_map: ChannelMap, policy: Policy, wanted: Inputs | None, example_inputs: Inputs
-) -> LatencyMeter | None:
+    model: nn.Module, channel_map: ChannelMap, policy: Policy, wanted: Inputs | None, example_inputs: Inputs,
+    ranks: Ranks = ALONE,
+) -> LatencyMeter | None:  # fmt: skip
     """The latency of the model on the inputs that are wanted, or on the examples, where the policy bounds it."""
     inputs = example_inputs if wanted is None else wanted
     if policy.unit != "ms" or not channel_map.groups:
         return None
-    return LatencyMeter(model, channel_map, inputs, multiple=policy.limits.multiple)
+    return LatencyMeter(model, channel_map, inputs, multiple=policy.limits.multiple, ranks=ranks)
 
 
 def several(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:

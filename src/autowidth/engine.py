@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autowidth.attach import (
     check_kinds,
+    check_ranks,
     check_start,
     first_batch,
     fitted_effort,
@@ -29,6 +31,7 @@ from autowidth.channels import ChannelMap, ResizePlan
 from autowidth.engine_state import SCHEMA, StateError, check_made, made_with, restore_, state_of
 from autowidth.history import Event, History
 from autowidth.policy import Auto, Policy
+from autowidth.ranks import Ranks, ranks_of
 from autowidth.review.batches import Loss
 from autowidth.review.calibrate import Calibration
 from autowidth.review.effort import Effort
@@ -36,7 +39,8 @@ from autowidth.review.review import Importance, Reviewer
 from autowidth.review.state import quiet
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
-from autowidth.unwrapping import forget_compiled, inner_model
+from autowidth.unwrapping import forget_compiled, inner_model, written
+from autowidth.wrappers import group_of, inner, rebuild, wrappers_of
 
 _log = logging.getLogger(__name__)
 
@@ -87,10 +91,15 @@ class AutoWidth:
     latency_inputs: what is timed where the policy bounds latency, often a batch of one; None for the example inputs.
     history: a file that holds every event before training goes on; None keeps them in memory.
     seed: decides which filters are audited and how fresh weights are drawn.
+    process_group: the ranks that train the model together, each of which attaches an engine with the same arguments and
+        calls it equally often; None for those of a DistributedDataParallel wrapper, which may be passed as the model,
+        or else for all of torch.distributed, where that is up. Probes may be the same, or a shard of the data each;
+        what the ranks find is added up, and the first one writes the history.
 
     Raises AttachError, NothingToResizeError with the reasons, ForeignOptimizerError, UnsupportedOptimizerError,
     PolicyError, BudgetError, TraceError, ProbeError, LoopError inside of torch.inference_mode; FileExistsError where
-    the history is there already.
+    the history is there already; for ranks RanksDifferError, RankStoppedError, LostRankError, WrapperError,
+    ShardedModelError.
     """
 
     def __init__(
@@ -113,29 +122,33 @@ class AutoWidth:
         latency_inputs: Inputs | None = None,
         history: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        optimizers, policy = several(optimizer), policy or Auto()
+        model, optimizers, policy = written(model), several(optimizer), policy or Auto()
         check_kinds(model, optimizers, probe, policy, total_steps)
-        model = _alone(inner_model(model), "AutoWidth(...)")
-        channel_map = resizable(model, example_inputs, optimizers, resize_frozen=resize_frozen)
-        self.steps, self.total_steps, self._due, steps = 0, total_steps, False, policy.reviews(total_steps)
-        self._review_steps = frozenset(steps)
-        with quiet(model):  # a shuffled loader draws from the global random state
-            batch = first_batch(probe) if steps else None
-            self._reviewer = Reviewer(
-                model=model, channel_map=channel_map, optimizers=optimizers, followers=tuple(followers), policy=policy,
-                probe=probe, loss=loss_of(loss_fn, loss), importance=importance, reconstruct=reconstruct, seed=seed,
-                effort=fitted_effort(effort, channel_map, len(steps), total_steps, batch_size, batch),
-                latency=latency_of(model, channel_map, policy, latency_inputs, example_inputs),
-            )  # fmt: skip
-            check_start(self._reviewer, batch)
-        if history is not None:
-            self._reviewer.history = History(channel_map.widths, path=history)
-        self.macs_start, self.params_start = self.macs, self.params
-        self._begin()
+        ranks, model = ranks_of(process_group or group_of(model)), inner_model(model)
+        with ranks.together("attaching the engine"):
+            model, steps = _alone(model, "AutoWidth(...)"), policy.reviews(total_steps)
+            channel_map = resizable(model, example_inputs, optimizers, resize_frozen=resize_frozen)
+            with quiet(model):  # a shuffled loader draws from the global random state
+                batch = first_batch(probe) if steps else None
+                self._reviewer = Reviewer(
+                    model=model, channel_map=channel_map, optimizers=optimizers,
+                    followers=tuple(map(inner, followers)), policy=policy, probe=probe, loss=loss_of(loss_fn, loss),
+                    importance=importance, reconstruct=reconstruct, seed=seed, ranks=ranks,
+                    effort=fitted_effort(effort, channel_map, len(steps), total_steps, batch_size, batch, ranks),
+                    latency=latency_of(model, channel_map, policy, latency_inputs, example_inputs, ranks),
+                )  # fmt: skip
+                check_ranks(self._reviewer, total_steps)
+                check_start(self._reviewer, batch)
+            self._begin(total_steps, steps, history if ranks.rank == 0 else None)
 
-    def _begin(self) -> None:
-        """What watches over the run: how far it is, and where in the loop a step is counted."""
+    def _begin(self, total_steps: int, steps: Sequence[int], history: str | os.PathLike[str] | None) -> None:
+        """Starts counting, and the record."""
+        if history is not None:
+            self._reviewer.history = History(self.channel_map.widths, path=history)
+        self.steps, self.total_steps, self._due, self._review_steps = 0, total_steps, False, frozenset(steps)
+        self.macs_start, self.params_start = self.macs, self.params
         self._progress = _Progress(self.steps, self.total_steps, tuple(sorted(self._review_steps)))
         self._farewell = weakref.finalize(self, _say_what_never_took_place, self._progress)
         self._boundary = Boundary(self.model, self.optimizers, due=1 in self._review_steps)
@@ -162,6 +175,11 @@ class AutoWidth:
     def policy(self) -> Policy:
         """What decides when to review and what to do."""
         return self._reviewer.policy
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the model together."""
+        return self._reviewer.ranks
 
     @property
     def channel_map(self) -> ChannelMap:
@@ -227,8 +245,8 @@ class AutoWidth:
         has left the step out itself.
 
         `finite` says whether the loss and the gradients of the step were: a review that is due waits for a step in
-        which they are. So does one that failed or was interrupted: it is made after the next step. An interrupt that
-        arrives when a review has been made is raised behind it; its event is then the last of `history`.
+        which they are, on all ranks. So does one that failed or was interrupted: it is made after the next step. An
+        interrupt that arrives when a review has been made is raised behind it; its event is then the last of `history`.
 
         Raises LoopError between forward and backward, and inside of torch.inference_mode.
         """
@@ -247,7 +265,7 @@ class AutoWidth:
             )
         self._due |= self.steps in self._review_steps
         self._boundary.due = self._due or self.steps + 1 in self._review_steps
-        if not (self._due and finite):
+        if not self._due or self.ranks.totals(not finite)[0]:
             return None
         made = len(self.history)
         try:
@@ -304,6 +322,8 @@ class AutoWidth:
             raise StateError(f"the state is that of step {state['steps']}, and total_steps is {self.total_steps}")
         path = self.history.path
         restore_(self._reviewer, state)
+        for wrapper in wrappers_of([self.model, *self.followers]):
+            rebuild(wrapper)
         if path is not None:
             self.history.attach(path)
         self.steps = self._progress.steps = state["steps"]

@@ -15,6 +15,7 @@ from torch.utils.benchmark import Timer
 
 from autowidth.channels import ChannelMap, IndexMap
 from autowidth.cost import Cost, called, elements_cost, macs_cost
+from autowidth.ranks import ALONE, Ranks
 from autowidth.surgery import apply_
 
 Array = NDArray[np.float64]
@@ -165,13 +166,17 @@ class LatencyMeter:
     """The latency of one model: a formula fitted at the start, and a stopwatch.
 
     The model is timed with these inputs, in evaluation mode; widths of the copies that are timed for the fit are
-    multiples of `multiple` where they differ from the model's.
+    multiples of `multiple` where they differ from the model's. Of several ranks the first one is timed, for all.
     """
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: object, *, multiple: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, channel_map: ChannelMap, example_inputs: object, *, multiple: int = 1,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         self._model = model
         self._inputs = example_inputs
-        self.fit = fit_latency(model, channel_map, example_inputs, multiple=multiple)
+        self._ranks = ranks
+        self.fit = ranks.made_by_first(lambda: fit_latency(model, channel_map, example_inputs, multiple=multiple))
 
     def now(self) -> float:
         """Milliseconds of one forward pass of the model as it is, timed now."""
@@ -179,4 +184,4 @@ class LatencyMeter:
 
     def cost(self, channel_map: ChannelMap) -> Cost:
         """Milliseconds as a function of the widths, right at the present ones, which are timed once more."""
-        return self.fit.cost_through(channel_map, self.now())
+        return self.fit.cost_through(channel_map, self._ranks.made_by_first(self.now))

@@ -14,8 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 
 Kind = TypeVar("Kind")
 
-MODELS: Mapping[str, str] = {"torch._dynamo.eval_frame.OptimizedModule": "_orig_mod"}
-"""Class of a wrapper around a model, by its full name -> the attribute that holds the model."""
+COMPILED: Mapping[str, str] = {"torch._dynamo.eval_frame.OptimizedModule": "_orig_mod"}
+"""Class of what `torch.compile` puts around a model, by its full name -> the attribute that holds the model."""
+
+MODELS: Mapping[str, str] = {**COMPILED, "torch.nn.parallel.distributed.DistributedDataParallel": "module"}
+"""The same of all that may stand around a model."""
 
 OPTIMIZERS: Mapping[str, str] = {
     "accelerate.optimizer.AcceleratedOptimizer": "optimizer",
@@ -26,11 +29,16 @@ OPTIMIZERS: Mapping[str, str] = {
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model itself: what `torch.compile` has put around it is taken off. Other modules are returned as they are.
+    """The model itself: what `torch.compile` and DistributedDataParallel have put around it is taken off, in any order.
 
     A model that was compiled in place, by `model.compile()`, is the model itself already.
     """
     return _inside(model, MODELS)
+
+
+def written(model: nn.Module) -> nn.Module:
+    """The model without what `torch.compile` has put around it; DistributedDataParallel stays."""
+    return _inside(model, COMPILED)
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:

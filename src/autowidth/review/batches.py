@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autowidth.errors import AutoWidthError
+from autowidth.ranks import ALONE, Ranks
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): a scalar, the mean over the samples of the batch."""
@@ -84,11 +85,15 @@ def take(stream: Iterator[Any], samples: int) -> list[Any]:
 
 def _cut(batch: Any, most: int) -> Any:
     """The first samples of a batch, `most` of them; the whole batch where its parts are not all tensors of a length."""
-    leaves = tree_leaves(batch)
-    length = samples_in(batch)
-    if length <= most or not all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == length for leaf in leaves):
+    if samples_in(batch) <= most or not cuttable(batch):
         return batch
     return tree_map_only(Tensor, lambda tensor: tensor[:most], batch)
+
+
+def cuttable(batch: Any) -> bool:
+    """Whether a batch consists of tensors of one length, so that some of its samples are a batch too."""
+    length = samples_in(batch)
+    return all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == length for leaf in tree_leaves(batch))
 
 
 def samples_of(probe: Iterable[Any]) -> int | None:
@@ -101,12 +106,13 @@ def samples_of(probe: Iterable[Any]) -> int | None:
     return None
 
 
-def mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
-    """The mean loss over all samples, nats per sample. The caller sets evaluation mode; no gradients."""
+def mean_loss(model: nn.Module, batches: Batches, loss: Loss, ranks: Ranks = ALONE) -> float:
+    """The mean loss over all samples of all ranks, nats per sample. The caller sets evaluation mode; no gradients."""
     total, samples = 0.0, 0
     with torch.no_grad():
         for batch in batches:
             length = samples_in(batch)
             total += float(loss(model, batch)) * length
             samples += length
-    return total / max(samples, 1)
+    total, everyone = ranks.totals(total, samples)
+    return total / max(everyone, 1)

@@ -21,11 +21,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from autowidth.channels import ChannelMap, ResizePlan
@@ -33,12 +35,14 @@ from autowidth.cost import macs_cost, params_cost
 from autowidth.history import Event, Fidelity, History
 from autowidth.latency import LatencyMeter
 from autowidth.policy import Costs, Decision, GroupReport, Policy, Situation, shrunk
-from autowidth.review.batches import Batches, Loss, count, mean_loss, samples_of, take
+from autowidth.ranks import ALONE, Ranks
+from autowidth.review.batches import Batches, Loss, count, mean_loss, samples_of
 from autowidth.review.calibrate import Array, Calibration, agreement, refit, sample
 from autowidth.review.effort import FittedEffort
 from autowidth.review.memory import Memory, give_back
 from autowidth.review.profit import combined, profits
-from autowidth.review.reconstruct import Reconstruction, readers_without, reconstruction
+from autowidth.review.reconstruct import Reconstruction, readers_without
+from autowidth.review.shares import Look, look, mean_scores
 from autowidth.review.state import (
     deferred_interrupts,
     named_tensors,
@@ -47,10 +51,11 @@ from autowidth.review.state import (
     precise_statistics,
     quiet,
 )
-from autowidth.review.statistics import effective_weights, probe, read_moments
+from autowidth.review.statistics import known_of, probe
 from autowidth.review.trial import NormsAfter, Subject
 from autowidth.surgery import Journal, all_or_nothing, holders, operate
 from autowidth.unwrapping import body_of, forget_compiled
+from autowidth.wrappers import check_no_join, check_wrapper, rebuild, wrappers_of
 
 AUDITS = 3
 """Audits that count for how far worths are trusted: a single one, of a few filters, is mostly noise."""
@@ -95,6 +100,7 @@ class Reviewer:
 
     norms: which statistics norms have after a removal: "precise" in training, "corrected" in a trained network, which
         is then judged with those that it has.
+    ranks: the processes that train this network together; wrappers around it are made fit again after surgery.
     ages: for each channel of each group the number of the review that inserted it, None for those of the start.
     """
 
@@ -111,6 +117,7 @@ class Reviewer:
     latency: LatencyMeter | None
     seed: int
     norms: NormsAfter = "precise"
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.history = History(self.channel_map.widths)
@@ -130,31 +137,34 @@ class Reviewer:
             deferred_interrupts() as check,
             quiet(self.model) as trained,
             all_or_nothing(self.generator) as journal,
+            self.ranks.together(f"the review at step {step}"),
         ):
-            self._remember_draws(journal)
-            scoring, held_out = self.look()
-            loss = _checked(self.loss, check)
+            wrappers = self._prepare(journal, step, trained)
+            seen = look(self.probe, self.effort, self.ranks)
+            scoring, loss = seen.scoring, _checked(self.loss, check)
             precise = self.norms == "precise"
             subject = Subject(
-                model=self.model, channel_map=self.channel_map, loss=loss, scoring=scoring, held_out=held_out,
-                trained=trained, known={},
-                shifts=() if precise else norm_shifts(self.model, scoring, loss, among=trained),
+                model=self.model, channel_map=self.channel_map, loss=loss, scoring=scoring,
+                held_out=seen.held_out, held=seen.held, trained=trained, known={}, ranks=self.ranks,
+                shifts=() if precise else norm_shifts(self.model, scoring, loss, among=trained, ranks=self.ranks),
             )  # fmt: skip
-            with precise_norms(self.model, scoring, loss, among=trained if precise else ()):
+            with precise_norms(self.model, scoring, loss, among=trained if precise else (), ranks=self.ranks):
                 judgement = self._judge(subject, clock)
             subject = replace(subject, known=judgement.known)
-            situation = self._situation(step, total_steps, judgement, subject)
+            situation = self._situation(step, total_steps, judgement, subject, seen)
             clock.lap("audit")
             decision = self.policy.decide(situation)
             decision = replace(decision, notes=(*notes, *decision.notes))
             clock.lap("decide")
             decision, measured = self._try(decision, situation, judgement, subject)
+            self.ranks.check_same({"a plan": repr(sorted(decision.plan.items()))}, "give all the same policy")
             clock.lap("audit")
             event = self._commit(journal, decision, situation, judgement, subject, measured, clock)
+            for wrapper in wrappers if decision.plan else ():
+                rebuild(wrapper)
         if decision.plan:
-            forget_compiled()
-            give_back()
-        if decision.missed is not None:
+            _forget_shapes()
+        if decision.missed is not None and self.ranks.rank == 0:
             warnings.warn(decision.missed, stacklevel=4)
         return event
 
@@ -177,18 +187,29 @@ class Reviewer:
         """The number of parameters now."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def _remember_draws(self, journal: Journal) -> None:
-        """What is drawn for audits is drawn again where the review fails."""
+    def look(self) -> tuple[Batches, Batches]:
+        """Probe data for a review: one part to score filters, the next, held out, for trials."""
+        seen = look(self.probe, self.effort, self.ranks)
+        return seen.scoring, seen.held_out
+
+    def _prepare(self, journal: Journal, step: int, trained: frozenset[nn.Module]) -> Sequence[DistributedDataParallel]:
+        """The wrappers around the model, once all ranks are found at the same place with the same network.
+
+        Where the review fails, they are made fit again behind everything else, and what is drawn is drawn again.
+        """
+        wrappers = wrappers_of([self.model, *self.followers])
+        for wrapper in wrappers:
+            journal.call(lambda: None, partial(rebuild, wrapper))
         state = self.rng.bit_generator.state
         journal.call(lambda: None, lambda: setattr(self.rng.bit_generator, "state", state))
-
-    # ---- look
-
-    def look(self) -> tuple[Batches, Batches]:
-        """Probe data for this review: one part to score filters, the next, held out, for trials."""
-        stream = iter(self.probe)
-        scoring = take(stream, self.effort.probe_samples)
-        return scoring, take(stream, self.effort.audit_samples)
+        for wrapper in wrappers:
+            check_wrapper(wrapper)
+        check_no_join(wrappers)
+        training = sorted(name for name, module in self.model.named_modules() if module in trained)
+        facts = {"step": str(step), "widths": str(self.channel_map.widths), "modules in training mode": str(training)}
+        self.ranks.check_same(facts, "call the engine at the same place of the program on every rank")
+        self.ranks.check_close(self.model)
+        return wrappers
 
     # ---- judge
 
@@ -196,10 +217,12 @@ class Reviewer:
         """What every filter is worth: by our profits, which learn from an audit, or by the importance that is given."""
         if self.importance is not None:
             return self._judge_by(self.importance, subject, clock)
-        found = probe(self.model, self.channel_map, subject.scoring, subject.loss, reconstruct=self.reconstruct)
+        found = probe(
+            self.model, self.channel_map, subject.scoring, subject.loss, reconstruct=self.reconstruct, ranks=self.ranks
+        )
         features = profits(found.sums, self.channel_map)
         clock.lap("probe")
-        baseline = subject.loss_without({}) if subject.held_out else None
+        baseline = subject.loss_without({}) if subject.measures else None
         fidelity, calibration = self._audit(features, replace(subject, known=found.known), baseline)
         clock.lap("audit")
         return Judgement(
@@ -212,13 +235,13 @@ class Reviewer:
         known: Reconstruction = {}
         scoring, loss = subject.scoring, subject.loss
         if self.reconstruct:
-            moments = read_moments(self.model, self.channel_map, scoring, loss)
-            known = reconstruction(moments, self.channel_map, effective_weights(self.model))
+            known = known_of(self.model, self.channel_map, scoring, loss, self.ranks)
         scores = importance(self.model, self.channel_map, scoring, loss, generator=self.generator)
+        scores = mean_scores(scores, count(scoring), self.ranks)
         worths = {name: np.nan_to_num(w.detach().cpu().double().numpy(), nan=np.inf) for name, w in scores.items()}
-        level = mean_loss(self.model, scoring, loss)
+        level = mean_loss(self.model, scoring, loss, self.ranks)
         clock.lap("probe")
-        baseline = subject.loss_without({}) if subject.held_out else None
+        baseline = subject.loss_without({}) if subject.measures else None
         clock.lap("audit")
         return Judgement(
             worths=worths, known=known, loss=level, fidelity=None, baseline=baseline, calibration=self.calibration
@@ -240,20 +263,20 @@ class Reviewer:
 
     # ---- decide
 
-    def _situation(self, step: int, total_steps: int, judgement: Judgement, subject: Subject) -> Situation:
+    def _situation(self, step: int, total_steps: int, judgement: Judgement, subject: Subject, seen: Look) -> Situation:
         """What the policy decides on."""
         start = self.history.widths_start
         reports = tuple(
             GroupReport(name=name, width_start=start[name], worth=tuple(worth.tolist()), grace=self._in_grace(name))
             for name, worth in judgement.worths.items()
         )
-        tried = self.policy.limits.trial_share and subject.held_out
+        tried = self.policy.limits.trial_share and subject.measures
         return Situation(
             step=step,
             total_steps=total_steps,
             groups=self._with_trials(reports, subject) if tried else reports,
             costs=self.costs(),
-            loss=_mean_of_both(judgement, subject),
+            loss=_mean_of_both(judgement, seen),
             agreement=self._agreement(judgement.fidelity),
             samples=self.samples,
         )
@@ -315,7 +338,9 @@ class Reviewer:
         if decision.plan:
             self._resize(journal, decision.plan, subject)
             if self.norms == "precise":  # the statistics of the old network say nothing about the new one
-                found = precise_statistics(self.model, subject.scoring, subject.loss, among=subject.trained)
+                found = precise_statistics(
+                    self.model, subject.scoring, subject.loss, among=subject.trained, ranks=self.ranks
+                )
                 for buffer, content in found:
                     journal.write_(buffer, content)
         clock.lap("surgery")
@@ -339,7 +364,8 @@ class Reviewer:
         corrected = subject.corrected_without(removed)
         for module in (self.model, *map(body_of, self.followers)):
             tensors = named_tensors(module)
-            for name, content in readers_without(removed, self.channel_map, known, tensors).items():
+            refitted = readers_without(removed, self.channel_map, known, tensors)
+            for name, content in refitted.items():
                 journal.write_(tensors[name], content)
         for buffer, content in corrected:
             journal.write_(buffer, content)
@@ -348,12 +374,24 @@ class Reviewer:
             journal, self.model, self.channel_map, plan, optimizers=holders(self.optimizers, self.model, touched),
             followers=self.followers, generator=self.generator,
         )  # fmt: skip
+        self._take_over(journal, touched.union(refitted))
         now = len(self.history)
         ages = {
             name: [now if s < 0 else self.ages[name][s] for s in index_map.source] for name, index_map in plan.items()
         }
         self._assign(journal, "channel_map", resized)
         self._assign(journal, "ages", self.ages | ages)
+
+    def _take_over(self, journal: Journal, names: Iterable[str]) -> None:
+        """Fresh and refitted weights are those of the first rank, on all of them."""
+        if self.ranks.count == 1:
+            return
+        for module in (self.model, *map(body_of, self.followers)):
+            found = named_tensors(module)
+            mine = [found[name] for name in sorted(names) if name in found]
+            for tensor, content in zip(mine, self.ranks.of_first(mine), strict=True):
+                if not torch.equal(tensor, content):
+                    journal.write_(tensor, content)
 
     def _assign(self, journal: Journal, name: str, value: object) -> None:
         """Sets one of our attributes, to be taken back where the review fails."""
@@ -372,6 +410,12 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def _forget_shapes() -> None:
+    """Compiled code and freed memory have the old shapes."""
+    forget_compiled()
+    give_back()
 
 
 def _checked(loss: Loss, check: Callable[[], None]) -> Loss:
@@ -395,10 +439,9 @@ def _worths(features: Mapping[str, Tensor], calibration: Calibration) -> dict[st
     return {name: combined(f.cpu(), coefficients).double().numpy() for name, f in features.items()}
 
 
-def _mean_of_both(judgement: Judgement, subject: Subject) -> float:
+def _mean_of_both(judgement: Judgement, seen: Look) -> float:
     """The loss on the scoring and the held-out part together, nats per sample."""
-    scored, held_out = count(subject.scoring), count(subject.held_out)
-    return (judgement.loss * scored + (judgement.baseline or 0.0) * held_out) / (scored + held_out)
+    return (judgement.loss * seen.scored + (judgement.baseline or 0.0) * seen.held) / (seen.scored + seen.held)
 
 
 def _removed(plan: ResizePlan) -> dict[str, Sequence[int]]:

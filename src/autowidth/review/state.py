@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from autowidth.ranks import ALONE, Ranks
 from autowidth.review.batches import Loss, samples_in
 from autowidth.unwrapping import uncompiled
+from autowidth.wrappers import local_norms
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def quiet(model: nn.Module) -> Iterator[frozenset[nn.Module]]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     model.eval()
     try:
-        with torch.random.fork_rng(devices=devices), full_precision(model), uncompiled():
+        with torch.random.fork_rng(devices=devices), full_precision(model), uncompiled(), local_norms(model):
             yield frozenset(module for module, training in modes.items() if training)
     finally:
         random.setstate(states[0])
@@ -94,7 +96,7 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def precise_norms(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module]
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module], ranks: Ranks = ALONE
 ) -> Iterator[None]:
     """While it lasts, running statistics of norms are plain averages over the batches; afterwards as they were.
 
@@ -106,12 +108,12 @@ def precise_norms(
     """
     norms = _running_norms(model, among)
     with _as_found(norms):
-        estimate_norms(model, norms, batches, loss)
+        estimate_norms(model, norms, batches, loss, ranks)
         yield
 
 
 def precise_statistics(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module]
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module], ranks: Ranks = ALONE
 ) -> list[tuple[Tensor, Tensor]]:
     """(buffer, plain average over the batches) for every running statistic of the norms in training.
 
@@ -119,7 +121,7 @@ def precise_statistics(
     """
     norms = _running_norms(model, among)
     with _as_found(norms):
-        estimate_norms(model, norms, batches, loss)
+        estimate_norms(model, norms, batches, loss, ranks)
         return [(b, b.clone()) for norm in norms for b in norm.buffers() if b is not norm.num_batches_tracked]
 
 
@@ -147,13 +149,13 @@ class NormShift:
 
 
 def norm_shifts(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module]
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, among: Collection[nn.Module], ranks: Ranks = ALONE
 ) -> tuple[NormShift, ...]:
     """What the norms in training hold beside what the batches show. The norms are left as they were."""
     norms = [norm for norm in _running_norms(model, among) if norm.running_mean is not None]
     held = [_mean_and_var(norm) for norm in norms]
     with _as_found(norms):
-        estimate_norms(model, norms, batches, loss)
+        estimate_norms(model, norms, batches, loss, ranks)
         seen = [_mean_and_var(norm) for norm in norms]
     return tuple(
         NormShift(norm=norm, mean=mean, var=var, seen_mean=now[0], seen_var=now[1])
@@ -163,7 +165,7 @@ def norm_shifts(
 
 @contextmanager
 def corrected_norms(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, shifts: Sequence[NormShift]
+    model: nn.Module, batches: Iterable[Any], loss: Loss, shifts: Sequence[NormShift], *, ranks: Ranks = ALONE
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """While it lasts, norms hold what `NormShift.corrected` says; afterwards what they held.
 
@@ -171,7 +173,7 @@ def corrected_norms(
     """
     norms = [shift.norm for shift in shifts]
     with _as_found(norms):
-        estimate_norms(model, norms, batches, loss)
+        estimate_norms(model, norms, batches, loss, ranks)
         contents: list[tuple[Tensor, Tensor]] = []
         for shift in shifts:
             buffers = (shift.norm.running_mean, shift.norm.running_var)
@@ -187,17 +189,21 @@ def _mean_and_var(norm: _NormBase) -> tuple[Tensor, Tensor]:
     return norm.running_mean.clone(), norm.running_var.clone()
 
 
-def estimate_norms(model: nn.Module, norms: Sequence[_NormBase], batches: Iterable[Any], loss: Loss) -> None:
+def estimate_norms(
+    model: nn.Module, norms: Sequence[_NormBase], batches: Iterable[Any], loss: Loss, ranks: Ranks = ALONE
+) -> None:
     """Replaces the running statistics of these norms by plain averages over the batches, by a forward pass of each.
+
+    Averages are over the batches of all ranks.
 
     Batches of one sample are left out: a norm may have no second value to compare it with. Where no other is left the
     statistics stay.
     """
     usable = [batch for batch in batches if samples_in(batch) > 1] if norms else []
-    if not usable:
+    if not norms or not ranks.totals(len(usable))[0]:
         return
-    modes = [norm.training for norm in norms]
-    handles = [norm.register_forward_pre_hook(_averaging()) for norm in norms]
+    modes, averages = [norm.training for norm in norms], [_Averaging() for _ in norms]
+    handles = [norm.register_forward_pre_hook(average) for norm, average in zip(norms, averages, strict=True)]
     try:
         for norm in norms:
             norm.reset_running_stats()
@@ -209,21 +215,39 @@ def estimate_norms(model: nn.Module, norms: Sequence[_NormBase], batches: Iterab
         for handle, norm, training in zip(handles, norms, modes, strict=True):
             handle.remove()
             norm.training = training
+    _join_averages(norms, [average.calls for average in averages], ranks)
 
 
-def _averaging() -> Callable[[nn.Module, Any], None]:
+class _Averaging:
     """A hook that makes the n-th call of a norm move its running statistics by 1 / n: their plain average.
 
     `momentum=None` says the same to a batch norm, but to an instance norm it says 0.
     """
-    calls = 0
 
-    def hook(norm: nn.Module, _: Any) -> None:
-        nonlocal calls
-        calls += 1
-        norm.momentum = 1 / calls  # type: ignore[assignment]
+    def __init__(self) -> None:
+        self.calls = 0
 
-    return hook
+    def __call__(self, norm: nn.Module, _: Any) -> None:
+        self.calls += 1
+        norm.momentum = 1 / self.calls  # type: ignore[assignment]
+
+
+def _join_averages(norms: Sequence[_NormBase], calls: Sequence[int], ranks: Ranks) -> None:
+    """Makes of the averages of every rank, over its calls of each norm, those over all calls."""
+    if ranks.count == 1:
+        return
+    total = torch.tensor([float(number) for number in calls], dtype=torch.float64)
+    ranks.add_([total])
+    pairs = [(norm, own / whole) for norm, own, whole in zip(norms, calls, total.tolist(), strict=True) if whole]
+    contents = [
+        (buffer, buffer * share)
+        for norm, share in pairs
+        for buffer in (norm.running_mean, norm.running_var)
+        if buffer is not None
+    ]
+    ranks.add_([content for _, content in contents])
+    for buffer, content in contents:
+        buffer.copy_(content)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from autowidth.channels import ChannelMap, ParamAxis, Place
+from autowidth.ranks import ALONE, Ranks
 from autowidth.review.batches import Batches, DivergedProbeError, Loss, ProbeError, samples_in
 from autowidth.review.profit import Sums
 from autowidth.review.reconstruct import (
@@ -32,6 +33,7 @@ from autowidth.review.reconstruct import (
     reconstruction,
     slices,
 )
+from autowidth.review.shares import add_moments, add_sums
 from autowidth.review.state import full_precision
 
 HALF_SCALE = 32.0
@@ -52,12 +54,13 @@ class Statistics:
 
 
 def probe(
-    model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss, *, reconstruct: bool = True
-) -> Statistics:
+    model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss, *, reconstruct: bool = True,
+    ranks: Ranks = ALONE,
+) -> Statistics:  # fmt: skip
     """The statistics over all batches; `loss(model, batch)` is a mean over samples.
 
     What co-channels can predict of a channel has to be known before the gradients are looked at: a first, forward pass
-    over the batches finds it out, unless `reconstruct` says that nobody shall stand in. Where several processes share
+    over the batches finds it out, unless `reconstruct` says that nobody shall stand in. Where several ranks share
     the work, each of them calls `read_moments`, all add up what they got, each makes the `reconstruction` of the whole,
     calls `read_gates`, and all add up again. A number that is not finite counts for nothing.
 
@@ -69,9 +72,18 @@ def probe(
         raise ProbeError("the probe has no data: pass a loader, or a list, with at least one batch")
     known: Reconstruction = {}
     if reconstruct:
-        moments = read_moments(model, channel_map, batches, loss)
-        known = reconstruction(moments, channel_map, effective_weights(model))
-    return Statistics(sums=read_gates(model, channel_map, batches, loss, known), known=known)
+        known = known_of(model, channel_map, batches, loss, ranks)
+    sums = read_gates(model, channel_map, batches, loss, known)
+    return Statistics(sums=add_sums(sums, channel_map, ranks), known=known)
+
+
+def known_of(
+    model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss, ranks: Ranks = ALONE
+) -> Reconstruction:
+    """What co-channels can predict of every channel, on the batches of all ranks."""
+    moments, weights = read_moments(model, channel_map, batches, loss), effective_weights(model)
+    device = next(iter(weights.values())).device
+    return reconstruction(add_moments(moments, channel_map, device, ranks), channel_map, weights)
 
 
 def read_moments(model: nn.Module, channel_map: ChannelMap, batches: Batches, loss: Loss) -> dict[ParamAxis, Moments]:

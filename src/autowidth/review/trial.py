@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from autowidth.channels import ChannelMap
+from autowidth.ranks import ALONE, Ranks
 from autowidth.review.batches import Batches, Loss, mean_loss, samples_in
 from autowidth.review.reconstruct import Reconstruction, Removed, readers_without
 from autowidth.review.state import (
@@ -47,6 +48,7 @@ class Subject:
 
     scoring: batches for norm statistics; held_out: batches on which losses are measured, apart from those; trained:
     the modules in training mode, whose norms may take other statistics; known: the reconstruction, empty for none.
+    held: samples of the held-out batches on all ranks, None for those here; ranks: who looks at a share of the data.
     shifts: what norms hold beside what the scoring data show of them, for "corrected"; empty where nothing is.
     """
 
@@ -58,6 +60,13 @@ class Subject:
     trained: frozenset[nn.Module]
     known: Reconstruction
     shifts: tuple[NormShift, ...] = ()
+    held: int | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def measures(self) -> bool:
+        """Whether there are held-out samples, on any rank."""
+        return bool(self.held_out) if self.held is None else self.held > 0
 
     def loss_without(self, removed: Removed, *, norms: Norms = "kept") -> float:
         """The mean loss on the held-out data without these channels, nats per sample; with none removed, the whole's.
@@ -69,11 +78,12 @@ class Subject:
         if norms == "batch":
             batches = [batch for batch in batches if samples_in(batch) > 1] or batches
         with self._without(removed), self._norms(norms):
-            return mean_loss(self.model, batches, self.loss)
+            return mean_loss(self.model, batches, self.loss, self.ranks)
 
     def corrected_without(self, removed: Removed) -> list[tuple[Tensor, Tensor]]:
         """(buffer, what it should hold without these channels) of corrected norms; the model is left alone."""
-        with self._without(removed), corrected_norms(self.model, self.scoring, self.loss, self.shifts) as found:
+        corrected = corrected_norms(self.model, self.scoring, self.loss, self.shifts, ranks=self.ranks)
+        with self._without(removed), corrected as found:
             return found
 
     @contextmanager
@@ -85,10 +95,10 @@ class Subject:
     @contextmanager
     def _norms(self, norms: Norms) -> Iterator[None]:
         if norms == "corrected":
-            with corrected_norms(self.model, self.scoring, self.loss, self.shifts):
+            with corrected_norms(self.model, self.scoring, self.loss, self.shifts, ranks=self.ranks):
                 yield
         elif norms == "precise":
-            with precise_norms(self.model, self.scoring, self.loss, among=self.trained):
+            with precise_norms(self.model, self.scoring, self.loss, among=self.trained, ranks=self.ranks):
                 yield
         elif norms == "batch" and any(samples_in(batch) > 1 for batch in self.held_out):
             with batch_norms(self.model, among=self.trained):
