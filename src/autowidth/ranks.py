@@ -170,8 +170,8 @@ class Several(Ranks):
         self._same(None if wrong is None else f"{wrong} {_brief(facts.get(wrong, 'nothing'), theirs[wrong])}", remedy)
 
     def check_close(self, model: nn.Module) -> None:
-        names = [name for name, _ in model.named_parameters()]
-        ours = torch.stack([_fingerprint(p.detach()) for _, p in model.named_parameters()]).cpu()
+        shared = {name: p for name, p in model.named_parameters() if not getattr(p, "_ddp_ignored", False)}
+        names, ours = list(shared), torch.stack([_fingerprint(p.detach()) for p in shared.values()]).cpu()
         (theirs,) = self.of_first([ours])
         far = ((ours - theirs).abs() > CLOSE * theirs[:, 1:] + 1e-12).any(1) | ~torch.isfinite(ours).all(1)
         far &= torch.isfinite(theirs).all(1)  # weights that are not finite on all ranks are the probe's to refuse
