@@ -110,9 +110,10 @@ def test_four_ranks_end_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_norm_statistics_are_those_of_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_norm_statistics_are_those_of_all_ranks(tmp_path: Path, count: int) -> None:
     """Each rank of a SyncBatchNorm keeps to itself in a review: on a CPU it could not even run in training mode."""
-    for said in ranks(tmp_path, ["batch norm", "sync batch norm"]).values():
+    for said in ranks(tmp_path, ["batch norm", "sync batch norm"], count).values():
         assert_as_one(said, program.run("batch norm", 0, 1))
 
 
