@@ -53,6 +53,14 @@ class Net(nn.Module):
         return self.head(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
 
 
+def command_net(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """A network for the command, with norms that know no batch."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 12, 3, bias=False), nn.GroupNorm(12, 12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, num_classes),
+    )  # fmt: skip
+
+
 def images(count: int, seed: int) -> Batch:
     """So many images of four kinds of waves under noise, and their kinds."""
     generator = torch.Generator().manual_seed(seed)

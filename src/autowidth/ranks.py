@@ -126,6 +126,7 @@ class Several(Ranks):
         self._calls = self._turn = 0
         self._timeout = _timeout_of(group)
         self._arrive()
+        self._what = "a training step"
         self._control = dist.new_group(members, backend="gloo", timeout=self._timeout, use_local_synchronization=True)
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
@@ -185,7 +186,7 @@ class Several(Ranks):
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        self._what = what
+        before, self._what = self._what, what
         try:
             yield
         except RanksError:  # all know, or nobody can be told
@@ -194,7 +195,10 @@ class Several(Ranks):
             with suppress(RanksError):
                 self._header("failed", failure=f"{type(error).__name__}: {error}".rstrip(": "))
             raise
-        self._header("done")
+        else:
+            self._header("done")
+        finally:
+            self._what = before
 
     # ---- what it rests on
 

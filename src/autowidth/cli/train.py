@@ -15,6 +15,7 @@ from autowidth.lab.loop import train
 from autowidth.lab.policies import from_options
 from autowidth.lab.resuming import settings_to_resume
 from autowidth.lab.settings import Settings, settings_from
+from autowidth.lab.torchrun import is_first, joined, left_by_a_restart
 from autowidth.policy import POLICIES
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -34,6 +35,8 @@ a trained network, made smaller and trained on:
 a run that was broken off, and a finished one that is to go on longer:
   autowidth train --resume runs/resnet20-digits-0
   autowidth train --resume runs/resnet20-digits-0 --epochs 200
+four processes on this machine, a batch of 256 images divided among them:
+  torchrun --nproc-per-node 4 -m autowidth train --batch-size 256
 settings out of a file, the result for a program:
   autowidth train --config run.toml --seed 1 --json
 
@@ -116,18 +119,23 @@ def command(
         given = {name: value for name, value in options.items() if value is not None}
         given |= from_options(bounds, price=price, auto=auto, edit=not no_edit, named=policy)
         settings = settings_from(given, config=config)
+        if resume is None and settings.out is None:
+            settings = settings.model_copy(update={"out": default_folder(settings)})
+        resume = resume or left_by_a_restart(settings.out)
         if resume is not None:
             settings = settings_to_resume(resume, settings)
-        elif settings.out is None:
-            settings = settings.model_copy(update={"out": default_folder(settings)})
         _run(settings, resume, as_json=as_json, quiet=quiet)
 
 
 def _run(settings: Settings, resume: Path | None, *, as_json: bool, quiet: bool) -> None:
     """Trains, shows how it goes on, prints the result; as JSON on stdout, and the rest on stderr, where asked for."""
     console = console_for(stderr=as_json)
-    with (display := display_for(console, settings, quiet=quiet)):
-        result = train(settings, report=display.show, resume=resume)
+    with joined(settings) as mine:
+        if not is_first():
+            train(mine, resume=resume)
+            return
+        with (display := display_for(console, mine, quiet=quiet)):
+            result = train(mine, report=display.show, resume=resume)
     if not quiet:
         console.print(groups_table(result))
     console.print(closing(result), soft_wrap=True, highlight=False)

@@ -43,7 +43,6 @@ from autowidth.lab.loop_parts import (
     PROBED,
     cpu_threads,
     decayed_and_not,
-    evaluate,
     evaluated_at_once,
     fitted_convolutions,
     one_cycle,
@@ -57,6 +56,7 @@ from autowidth.lab.resuming import ResumeError, Unfinished, check_anew, unfinish
 from autowidth.lab.saved import description, save_run
 from autowidth.lab.settings import Settings
 from autowidth.lab.standing import Standing
+from autowidth.lab.torchrun import Steps, evaluated, shared, wrapped
 from autowidth.lab.weights import WeightsError
 from autowidth.policy import Budget, Policy
 from autowidth.review.batches import DivergedProbeError
@@ -171,16 +171,14 @@ class _Run:
         self, settings: Settings, images: ImageSet, network: nn.Module, method: Method, report: Report
     ) -> None:
         policy = method.policy or settings.policy
-        self.settings = settings
-        self.report = report
-        self.rule = method.rule
+        self.settings, self.report, self.rule = settings, report, method.rule
         self.network = network
         self.device = images.train.images.device
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         network.to(memory_format=self.format)  # type: ignore[call-overload]
-        self.images = images
-        self.about = str(images)
-        self.batches = images.training_batches(settings.batch_size, seed=settings.seed)
+        self.model, self.steps = wrapped(network), Steps(settings.out)
+        self.images, self.about = images, str(images)
+        self.batches = shared(images.training_batches(settings.batch_size, seed=settings.seed))
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.loss_fn = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
         self.total_steps = settings.epochs * len(self.batches)
@@ -222,7 +220,8 @@ class _Run:
         return AutoWidth(
             self.network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
             probe=probe_batches(images, settings.seed, min(PROBED, self.at_once)), loss_fn=self.loss_fn, policy=policy,
-            total_steps=self.total_steps, effort=settings.effort, batch_size=settings.batch_size, seed=settings.seed,
+            total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
+            batch_size=settings.batch_size // self.steps.count,
             followers=[] if self.average is None else [self.average],
             importance=method.importance, reconstruct=method.reconstruct,
             latency_inputs=one.contiguous(memory_format=self.format),
@@ -267,7 +266,7 @@ class _Run:
 
     def follow(self, watch: Watch, asked: StopAsked) -> None:
         """Trains, evaluates, reports after every epoch. Raises DivergedError, Interrupted, Terminated."""
-        at = self.standing
+        at, asked = self.standing, self.steps.listen(asked)
         if self.settings.weights is not None and at.accuracy_start is None:
             at.accuracy_start, _ = self._evaluated(asked)
         at.begin()
@@ -337,7 +336,7 @@ class _Run:
                 self._look_up(asked)
                 yield batch
 
-        return evaluate(self.outcome, batches(), self.format)
+        return evaluated(self.outcome, batches(), self.format, self.engine.ranks)
 
     def _looks_after(self, epoch: int) -> bool:
         """Whether the network is evaluated after this epoch; always after the last one."""
@@ -351,14 +350,16 @@ class _Run:
         """
         self.network.train()
         self.finite.before()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-            loss = self.loss_of(x.contiguous(memory_format=self.format), y)
-        self.optimizer.zero_grad()
-        loss.backward()
+        with self.steps.taken():
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+                loss = self.loss_of(x.contiguous(memory_format=self.format), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+        loss = self.steps.mean(loss, self.engine.ranks)
         if finite := self.finite.step(loss, self.engine.steps + 1):
             self._moved()
         self.schedule.step()
-        return loss.detach(), finite
+        return loss, finite
 
     def _moved(self) -> None:
         """The optimizer's step, what a method's rule does around it, and the averaged copy."""
@@ -374,7 +375,7 @@ class _Run:
 
     def _loss_of(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss, a scalar, of images (B, C, H, W) and labels (B,)."""
-        return self.loss_fn(self.network(x), y)
+        return self.loss_fn(self.model(x), y)
 
     def _follow(
         self, averages: list[Tensor] | tuple[Tensor, ...], values: list[Tensor] | tuple[Tensor, ...], _: object

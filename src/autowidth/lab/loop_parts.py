@@ -64,8 +64,8 @@ def evaluate(
             right = (scores.argmax(1) == y).sum()
             sums.append(torch.stack([right, F.cross_entropy(scores, y, reduction="sum")]).double())
             count += len(y)
-    right_ones, total = sum(sums[1:], start=sums[0]).tolist()
-    return right_ones / count, total / count
+    right_ones, total = sum(sums[1:], start=sums[0]).tolist() if sums else (0.0, 0.0)
+    return right_ones / max(count, 1), total / max(count, 1)
 
 
 def threads_of(settings: Settings, images: ImageSet) -> int | None:

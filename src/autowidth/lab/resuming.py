@@ -15,7 +15,7 @@ from autowidth.training import saved_trainings
 
 MAY_DIFFER = (
     "epochs", "lr", "device", "threads", "workers", "stream_above", "looks", "out", "save_every", "keep", "rescue",
-    "bad_steps",
+    "bad_steps", "rank_timeout",
 )  # fmt: skip
 """Settings that may be others when a run goes on. With another device or other threads the last bits differ."""
 

@@ -110,6 +110,9 @@ class Settings(PolicySettings):
         None, ge=0, le=1024, description="processes that decode streamed images; not given: one per core, at most 8"
     )
     out: Path | None = Field(None, description="folder that the run is written to; None writes nothing")
+    rank_timeout: float = Field(
+        600.0, gt=0, description="seconds that a process of several waits for the others before it gives up"
+    )
     save_every: float = Field(
         5.0,
         ge=0,

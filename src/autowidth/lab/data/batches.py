@@ -52,6 +52,8 @@ class Batches:
         self.drop_last = drop_last
         self._mean = torch.tensor(mean, dtype=torch.float32, device=split.images.device)
         self._std = torch.tensor(std, dtype=torch.float32, device=split.images.device)
+        self.part = (0, 1)
+        """Number of this process, and how many share every batch: each takes its part of it."""
         self._epoch, self._batch, self._goes_on = 0, 0, False
 
     def __len__(self) -> int:
@@ -76,10 +78,15 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         draws = self.augmentation.draw(count, generator).to(device)
         starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        windows = [(start, min(start + self.batch_size, count)) for start in starts]
+        windows = [self._mine(start, min(start + self.batch_size, count)) for start in starts]
         for (start, stop), (images, labels) in zip(windows, self._taken(order, windows), strict=True):
             augmented = self.augmentation.apply(images, draws.slice(start, stop))
             yield scale(augmented, self._mean, self._std), labels
+
+    def _mine(self, start: int, stop: int) -> tuple[int, int]:
+        """The part of this process of the positions from `start` to `stop`."""
+        (number, count), length = self.part, stop - start
+        return start + length * number // count, start + length * (number + 1) // count
 
     def _taken(self, order: Tensor, windows: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels at the positions in each window of the order, as the split holds them."""

@@ -92,7 +92,7 @@ def seconds_at(size: float, exchanges: float, ranks: int, *, bandwidth: float, m
 def measure(model: str, ranks: int) -> Measured:
     """Trains a fresh network on noise in so many processes of this machine, with a review now and then."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
+        torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
             _rank, args=(ranks, model, folder), nprocs=ranks, start_method="spawn"
         )
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
@@ -146,7 +146,7 @@ def _rank(rank: int, ranks: int, model: str, folder: str) -> None:
 
 def measured_table(rows: Sequence[Measured]) -> str:
     """The measurements for people."""
-    return tabulate(
+    table: str = tabulate(
         [
             (row.model, row.ranks, f"{row.bytes / 2**20:.2f}", f"{row.predicted / 2**20:.2f}", f"{row.exchanges:.0f}",
              f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}", f"{row.step:.2f}")
@@ -155,6 +155,7 @@ def measured_table(rows: Sequence[Measured]) -> str:
         headers=("network", "ranks", "MiB a rank", "of it sums", "exchanges", "s a review", "cpu s", "s a step"),
         tablefmt="github",
     )  # fmt: skip
+    return table
 
 
 def calculated_table(models: Sequence[str], exchanges: float, ranks: int) -> str:
@@ -171,7 +172,8 @@ def calculated_table(models: Sequence[str], exchanges: float, ranks: int) -> str
         ]
         rows.append((name, f"{bytes_of(channel_map) / 2**20:.1f}", f"{weights / 2**20:.1f}", *times))
     headers = ("network", "MiB of sums", "MiB of weights", *(f"s, {link}" for link in LINKS))
-    return tabulate(rows, headers=headers, tablefmt="github")
+    table: str = tabulate(rows, headers=headers, tablefmt="github")
+    return table
 
 
 def main() -> str:
