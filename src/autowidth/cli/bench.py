@@ -12,6 +12,7 @@ import typer
 from autowidth.cli.door import UsageError, door
 from autowidth.lab import suites
 from autowidth.lab.bench import Standing, bench
+from autowidth.lab.submitting import Where, options_of, submitted
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -26,6 +27,9 @@ methods and controls under one recipe:
   autowidth bench mini --data cifar10:cifar --seeds 0-2 --budgets 0.25
 the same for choices, on training images that are held out:
   autowidth bench mini --data cifar10:cifar --methods autowidth --choose
+units on the machines of a Slurm cluster, forty at a time:
+  autowidth bench mini --data cifar10:/shared/cifar --seeds 0-9
+    --processes 40 --submit slurm --submit-with slurm_partition=cpu
 
 [bold]Suites[/bold]
 
@@ -65,6 +69,12 @@ def command(
         bool, typer.Option("--choose", help="of a comparison: measure on held-out training images, not on the test")
     ] = False,
     processes: Annotated[int, typer.Option(help="units at a time, one CPU thread each")] = 2,
+    submit: Annotated[
+        Where | None, typer.Option(help="hand units to slurm, or to local jobs, by submitit (extra `submit`)")
+    ] = None,
+    submit_with: Annotated[
+        str | None, typer.Option(help="options of the jobs, as in timeout_min=600,slurm_partition=gpu")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Run a suite of measurements, or what is left of it, and print its tables."""
@@ -75,7 +85,10 @@ def command(
         }  # fmt: skip
         given = {name: value for name, value in asked.items() if value}
         wanted = suites.find_suite(suite, seeds=read_seeds(seeds), **given)
-        records = bench(wanted, out, processes=processes, report=_show_standing)
+        if submit_with and submit is None:
+            raise UsageError("--submit-with says how jobs are submitted: give --submit slurm or local, too")
+        spread = submit and submitted(submit, at_once=processes, options=options_of(submit_with))
+        records = bench(wanted, out, processes=processes, report=_show_standing, spread=spread or None)
         typer.echo(wanted.table(records))
         typer.echo(f"written to {out / wanted.name}.json and {out / wanted.name}.md")
 

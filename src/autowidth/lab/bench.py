@@ -26,6 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -105,8 +106,17 @@ def _silent(standing: Standing) -> None:
     """Tells nobody."""
 
 
-def bench(suite: Suite, out: Path, *, processes: int = 2, report: Callable[[Standing], None] = _silent) -> list[Record]:
+Spread: TypeAlias = Callable[[Suite, Sequence[Unit], Path], Iterator[tuple[Unit, float]]]
+"""What runs units somewhere, and yields each with its seconds when its file is in the folder."""
+
+
+def bench(
+    suite: Suite, out: Path, *, processes: int = 2, report: Callable[[Standing], None] = _silent,
+    spread: Spread | None = None,
+) -> list[Record]:  # fmt: skip
     """Runs the units that are not there yet, up to `processes` at a time, and returns the records of all in `out`.
+
+    They run in processes of this machine, or where `spread` runs them.
 
     Raises FolderError where `out` cannot be written to, BenchError where it holds results of other settings or what
     cannot be read, UnitError where a process ends without a result, and whatever a unit raises; finished units stay.
@@ -116,14 +126,14 @@ def bench(suite: Suite, out: Path, *, processes: int = 2, report: Callable[[Stan
     place = out / suite.name
     with _folder(place):
         _check(suite, place)
-        todo = [unit for unit in suite.units if not _file(place, unit).exists()]
+        todo = [unit for unit in suite.units if not file_of(place, unit).exists()]
         done = [unit for unit in suite.units if unit not in todo]
         for number, unit in enumerate(done, 1):
             report(Standing(unit=unit.name, seconds=None, done=number, total=len(suite.units)))
         if done:
             merge(suite, out)
-        at_once = min(processes, os.cpu_count() or 1)
-        for number, (unit, seconds) in enumerate(_each_in_a_process(suite, todo, place, at_once), len(done) + 1):
+        each = spread or partial(_each_in_a_process, min(processes, os.cpu_count() or 1))
+        for number, (unit, seconds) in enumerate(each(suite, todo, place), len(done) + 1):
             merge(suite, out)
             report(Standing(unit=unit.name, seconds=seconds, done=number, total=len(suite.units)))
         return merge(suite, out)
@@ -148,7 +158,8 @@ def _listed(records: Sequence[Record]) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _file(place: Path, unit: Unit) -> Path:
+def file_of(place: Path, unit: Unit) -> Path:
+    """The file of a unit that is done."""
     return place / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', unit.name)}.json"
 
 
@@ -262,7 +273,7 @@ class _Worker:
         self.began = time.perf_counter()
         self._context = _Spawn()
         self._pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_end_with_the_parent)
-        self.future = self._pool.submit(_work, suite.name, suite.run, unit, _file(place, unit))
+        self.future = self._pool.submit(work, suite.name, suite.run, unit, file_of(place, unit))
 
     def result(self) -> float:
         """The seconds since its beginning, once its future is done.
@@ -285,7 +296,7 @@ class _Worker:
         self._pool.shutdown()
 
 
-def _each_in_a_process(suite: Suite, units: Sequence[Unit], place: Path, count: int) -> Iterator[tuple[Unit, float]]:
+def _each_in_a_process(count: int, suite: Suite, units: Sequence[Unit], place: Path) -> Iterator[tuple[Unit, float]]:
     """Runs every unit in a process of its own, `count` at a time; yields each with its seconds when its file is there.
 
     Raises what a unit raises, and UnitError where its process just ends; the others are then ended too.
@@ -305,7 +316,7 @@ def _each_in_a_process(suite: Suite, units: Sequence[Unit], place: Path, count: 
             worker.end()
 
 
-def _work(suite: str, run: Callable[[Mapping[str, Any]], Outcome], unit: Unit, file: Path) -> None:
+def work(suite: str, run: Callable[[Mapping[str, Any]], Outcome], unit: Unit, file: Path) -> None:
     """The work of a unit's process: run, write. Raises what the unit raises, in a form that can be sent."""
     torch.set_num_threads(1)
     began = time.perf_counter()
