@@ -102,7 +102,7 @@ def test_two_processes_of_the_command_end_as_one(tmp_path: Path) -> None:
     assert [event["removed"] for event in said["history"]] == [event["removed"] for event in alone["history"]]
     assert said["loss"] == pytest.approx(alone["loss"], abs=1e-3)
     assert said["accuracy"] == pytest.approx(alone["accuracy"], abs=5e-3)
-    assert read_run(tmp_path / "two").history.events[-1].widths == said["widths"]
+    assert read_run(tmp_path / "two").history().events[-1].widths == said["widths"]
 
 
 def workers(launcher: int) -> dict[int, int]:

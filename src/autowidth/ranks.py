@@ -9,6 +9,7 @@ the process group that trains, once a header has shown that all ranks are there.
 from __future__ import annotations
 
 import datetime
+import os
 import time
 import zlib
 from collections import Counter
@@ -120,7 +121,8 @@ class Several(Ranks):
         self.rank, self.count = dist.get_rank(group), len(members)
         self.exchanged = self.exchanges = 0
         self._group, self._members, self._first = group, members, members[0]
-        name = f"autowidth/{zlib.crc32(repr(members).encode())}"
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart by torchrun
+        name = f"autowidth/{start}/{zlib.crc32(repr(members).encode())}"
         _ENGINES[name] += 1
         self._store = _store(f"{name}/{_ENGINES[name]}")
         self._calls = self._turn = 0

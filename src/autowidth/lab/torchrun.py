@@ -56,11 +56,25 @@ def joined(settings: Settings) -> Iterator[Settings]:
     _check_batch(settings.batch_size, count)
     timeout = timedelta(seconds=settings.rank_timeout)
     with _lost_ranks(settings.out):
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _start_group("nccl" if device.type == "cuda" else "gloo", timeout)
     try:
         yield settings.model_copy(update={"device": str(device), **({} if is_first() else {"out": None})})
     finally:
         dist.destroy_process_group()
+
+
+def _start_group(backend: str, timeout: timedelta) -> None:
+    """Starts the process group, under a name of its own for every start by torchrun.
+
+    The store outlives a restart, and with it the addresses of processes that are gone, for which gloo would wait.
+    """
+    from torch._C._distributed_c10d import PrefixStore  # here: not every build of torch has it
+
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(iter(rendezvous("env://", timeout=timeout)))
+    own = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=timeout)
 
 
 def _check_batch(size: int, count: int) -> None:
