@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from autowidth import Auto, AutoWidth, Budget, Effort, Limits, Schedule
+from autowidth import Auto, AutoWidth, Budget, Effort, IndexMap, Limits, Schedule, resize_
 from autowidth.errors import AutoWidthError
 
 STEPS, BATCH, LOOKED_AT = 14, 32, 16
@@ -380,9 +380,28 @@ def norms(kind: type[nn.Module], rank: int, count: int) -> dict[str, Any]:
     return found(engine, [])
 
 
+def by_hand(rank: int, count: int) -> dict[str, Any]:
+    """A resize without an engine, with another random state on every rank; then a step."""
+    torch.manual_seed(rank)
+    net = network()
+    wrapper = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = optimizer_of(Way(), net)
+    plan = {"stem": IndexMap((0, 1, -1, 3, 4, -1, 6, 7), 8)}
+    resize_(wrapper, plan, example_inputs=EXAMPLE, optimizer=optimizer)
+    training(wrapper)
+    for seed in range(2):
+        x, y = images(8, seed=10 * seed + rank)
+        F.cross_entropy(wrapper(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"weights": {name: t.clone() for name, t in net.state_dict().items() if "unused" not in name}}
+
+
 def run(name: str, rank: int, count: int) -> dict[str, Any]:
     if name in ("batch norm", "sync batch norm"):
         return norms(nn.SyncBatchNorm if name.startswith("sync") else nn.BatchNorm2d, rank, count)
+    if name == "by hand":
+        return by_hand(rank, count)
     if name in LOST:
         return lost(name, rank, count)
     return refused(name, rank, count) if name in REFUSED else train(WAYS[name], rank, count)

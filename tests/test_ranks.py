@@ -79,7 +79,7 @@ REFUSED = list(program.REFUSED)
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Cases that share two processes: starting them takes longest."""
-    return ranks(tmp_path_factory.mktemp("ranks"), [*QUICK, *REFUSED])
+    return ranks(tmp_path_factory.mktemp("ranks"), [*QUICK, "by hand", *REFUSED])
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -93,6 +93,11 @@ def test_what_cannot_be_right_is_refused_on_every_rank(quick: dict[str, list[dic
         assert one["error"], "nobody refused"
         for word in program.REFUSED[name][1]:
             assert word in one["error"]
+
+
+def test_a_resize_by_hand_leaves_the_same_weights(quick: dict[str, list[dict[str, Any]]]) -> None:
+    one, other = (said["weights"] for said in quick["by hand"])
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_a_killed_process_costs_a_restart_and_nothing_else(tmp_path: Path) -> No
     os.kill(workers(broken.pid)[1], signal.SIGKILL)
     (said,), errors = ended(broken)
     assert "has ended" in errors or "Signal 15" in errors, errors
-    mine, theirs = (read_tensors(tmp_path / name) for name in ("broken", "undisturbed"))
+    mine, theirs = (read_tensors(read_run(tmp_path / name)) for name in ("broken", "undisturbed"))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert [said[name] for name in ("accuracy", "loss", "widths", "macs")] == [

@@ -170,6 +170,53 @@ def test_a_process_alone_exchanges_nothing() -> None:
 # ----------------------------------------------------------------------------------------------------- made fit again
 
 
+def test_a_wrapper_is_resized_by_hand() -> None:
+    from autowidth import IndexMap, resize_, trace
+
+    wrapper = DistributedDataParallel(net(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1, momentum=0.9)
+    name = trace(wrapper, IMAGE).groups[0].name
+    plan = {name: IndexMap((0, 2, -1, 5), 6)}
+    resize_(wrapper, plan, example_inputs=IMAGE, optimizer=optimizer)
+    for _ in range(3):
+        assert all(map(torch.equal, gradients(wrapper), gradients(wrapper.module)))
+        optimizer.step()
+    assert wrapper.module[0].out_channels == 4
+
+
+def test_a_resize_that_fails_leaves_a_wrapper_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autowidth import IndexMap, resize_, trace
+    from autowidth.surgery import surgery
+
+    wrapper = DistributedDataParallel(net())
+    gradients(wrapper)
+    before = [p.clone() for p in wrapper.parameters()]
+    name = trace(wrapper, IMAGE).groups[0].name
+
+    real = surgery.attributes
+
+    def fail(module: nn.Module, journal: object) -> object:
+        if module is wrapper.module[0]:  # what tracing rehearses on is another one
+            raise MemoryError("no more")
+        return real(module, journal)
+
+    monkeypatch.setattr(surgery, "attributes", fail)
+    with pytest.raises(MemoryError):
+        resize_(wrapper, {name: IndexMap.removing([1], 6)}, example_inputs=IMAGE)
+    assert all(map(torch.equal, before, wrapper.parameters()))
+    for _ in range(3):
+        assert all(map(torch.equal, gradients(wrapper), gradients(wrapper.module)))
+
+
+def test_shrinking_takes_the_model_inside() -> None:
+    from autowidth import shrink_
+    from autowidth.shrink import ShrinkError
+
+    batches = [(torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64))]
+    with pytest.raises(ShrinkError, match=r"pass its \.module"):
+        shrink_(DistributedDataParallel(net()), example_inputs=IMAGE, batches=batches, loss_fn=F.cross_entropy)
+
+
 def resize(wrapper: DistributedDataParallel, width: int) -> None:
     """Another number of filters in the first layer, as surgery writes it."""
     from autowidth import IndexMap, trace

@@ -40,7 +40,7 @@ from autowidth.review.state import quiet
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
 from autowidth.unwrapping import forget_compiled, inner_model, written
-from autowidth.wrappers import group_of, inner, rebuild, wrappers_of
+from autowidth.wrappers import group_of, inner, rebuild, rebuilt, wrappers_of
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +58,17 @@ def resize_(
 
     Parameters, buffers, optimizer state, module attributes and followers (EMA copies) change together; Parameter
     objects stay the same ones. Fresh channels have zero fan-out, so that the function is unchanged. Returns the new
-    channel map. Raises UnknownGroupError or ValueError where the plan does not fit; warns where it has no effect.
+    channel map. Wrappers of DistributedDataParallel around the model are looked through and rebuilt; every rank makes
+    the same call then, and takes over the fresh weights of the first one. Raises UnknownGroupError or ValueError where
+    the plan does not fit; warns where it has no effect.
     """
     check_inference("resize_")
-    model = inner_model(model)
+    model, followers = inner_model(model), [*map(inner, followers)]
     channel_map = trace(model, example_inputs)
-    resized = apply_(model, channel_map, plan, optimizers=several(optimizer), followers=followers, generator=generator)
+    with rebuilt([model, *followers]):
+        resized = apply_(
+            model, channel_map, plan, optimizers=several(optimizer), followers=followers, generator=generator
+        )
     forget_compiled()
     return resized
 

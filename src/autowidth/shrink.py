@@ -19,7 +19,8 @@ from autowidth.review.review import Reviewer
 from autowidth.review.state import quiet
 from autowidth.review.trial import NormsAfter
 from autowidth.trace import Inputs, trace
-from autowidth.unwrapping import inner_model
+from autowidth.unwrapping import inner_model, written
+from autowidth.wrappers import group_of
 
 STEPS = 1000
 """On how many steps the schedule of a policy is laid out, none of which are taken."""
@@ -99,6 +100,8 @@ def reviewer_of(
 ) -> Reviewer:  # fmt: skip
     """What reviews the network. Raises as `shrink_` does."""
     check_kinds(model, (), batches, policy, STEPS)
+    if group_of(written(model)) is not None:
+        raise ShrinkError("model is wrapped in DistributedDataParallel: pass its .module, and wrap it again afterwards")
     model = inner_model(model)
     channel_map = trace(model, example_inputs)
     check_groups(channel_map, model)

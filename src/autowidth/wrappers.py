@@ -10,6 +10,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -172,6 +173,34 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         _register_comm_hook(wrapper.reducer, state, hook)
     if builtin:
         wrapper._register_builtin_comm_hook(getattr(BuiltinCommHookType, builtin))
+
+
+@contextmanager
+def rebuilt(models: Sequence[nn.Module]) -> Iterator[None]:
+    """A block that resizes these models; afterwards wrappers around them fit, and weights are those of the first rank.
+
+    Raises WrapperError before it, where a wrapper cannot be made fit again.
+    """
+    wrappers = wrappers_of(models)
+    for wrapper in wrappers:
+        check_wrapper(wrapper)
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            rebuild(wrapper)
+    for wrapper in wrappers:
+        _take_over(wrapper)
+
+
+def _take_over(wrapper: DistributedDataParallel) -> None:
+    """Gives every rank the weights of the first one, as DDP does when it is built."""
+    first = dist.get_process_group_ranks(wrapper.process_group)[0]
+    for parameter in wrapper.module.parameters():
+        if not getattr(parameter, "_ddp_ignored", False):
+            content = parameter.detach().clone(memory_format=torch.contiguous_format)
+            dist.broadcast(content, first, group=wrapper.process_group)
+            parameter.data.copy_(content)
 
 
 def _builtin_hook(wrapper: DistributedDataParallel) -> str:

@@ -69,7 +69,6 @@ def _start_group(backend: str, timeout: timedelta) -> None:
     The store outlives a restart, and with it the addresses of processes that are gone, for which gloo would wait.
     """
     from torch._C._distributed_c10d import PrefixStore  # here: not every build of torch has it
-
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, count = next(iter(rendezvous("env://", timeout=timeout)))

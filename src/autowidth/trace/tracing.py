@@ -8,7 +8,8 @@ from autowidth.channels import ChannelMap
 from autowidth.trace.passes import first_passes
 from autowidth.trace.rehearsal import rehearsed
 from autowidth.trace.scratch import Inputs, arguments, undisturbed
-from autowidth.unwrapping import inner_model
+from autowidth.unwrapping import inner_model, written
+from autowidth.wrappers import refuse_sharded
 
 
 def trace(model: nn.Module, example_inputs: Inputs, *, rehearse: bool = True) -> ChannelMap:
@@ -21,8 +22,10 @@ def trace(model: nn.Module, example_inputs: Inputs, *, rehearse: bool = True) ->
     seen. With `rehearse`, every channel group is resized for trial on a scratch copy, and frozen if the network does
     not survive it.
 
-    Raises TraceError if the model cannot be run on the inputs, or returns tensors that cannot be found.
+    A DistributedDataParallel wrapper is looked through. Raises TraceError if the model cannot be run on the inputs, or
+    returns tensors that cannot be found, and ShardedModelError.
     """
+    refuse_sharded(written(model))
     model = inner_model(model)
     args, kwargs = arguments(model, example_inputs)
     with undisturbed(model):
