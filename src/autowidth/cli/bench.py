@@ -11,7 +11,7 @@ import typer
 
 from autowidth.cli.door import UsageError, door
 from autowidth.lab import suites
-from autowidth.lab.bench import Standing, bench
+from autowidth.lab.bench import Spread, Standing, bench
 from autowidth.lab.submitting import Where, options_of, submitted
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -47,6 +47,12 @@ off, at any point, goes on with the same command.
 """
 
 
+Submit = Annotated[
+    Where | None, typer.Option(help="hand units to slurm, or to local jobs, by submitit (extra `submit`)")
+]
+SubmitWith = Annotated[str | None, typer.Option(help="options of the jobs, as in timeout_min=600,slurm_partition=gpu")]
+
+
 def command(
     suite: Annotated[str, typer.Argument(help=f"what to measure: {', '.join(suites.SUITES)}")],
     out: Annotated[Path, typer.Option(help="folder of the results; what is there is not run again")] = Path("results"),
@@ -69,12 +75,8 @@ def command(
         bool, typer.Option("--choose", help="of a comparison: measure on held-out training images, not on the test")
     ] = False,
     processes: Annotated[int, typer.Option(help="units at a time, one CPU thread each")] = 2,
-    submit: Annotated[
-        Where | None, typer.Option(help="hand units to slurm, or to local jobs, by submitit (extra `submit`)")
-    ] = None,
-    submit_with: Annotated[
-        str | None, typer.Option(help="options of the jobs, as in timeout_min=600,slurm_partition=gpu")
-    ] = None,
+    submit: Submit = None,
+    submit_with: SubmitWith = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Run a suite of measurements, or what is left of it, and print its tables."""
@@ -85,12 +87,17 @@ def command(
         }  # fmt: skip
         given = {name: value for name, value in asked.items() if value}
         wanted = suites.find_suite(suite, seeds=read_seeds(seeds), **given)
-        if submit_with and submit is None:
-            raise UsageError("--submit-with says how jobs are submitted: give --submit slurm or local, too")
-        spread = submit and submitted(submit, at_once=processes, options=options_of(submit_with))
-        records = bench(wanted, out, processes=processes, report=_show_standing, spread=spread or None)
+        spread = _spread(submit, submit_with, processes)
+        records = bench(wanted, out, processes=processes, report=_show_standing, spread=spread)
         typer.echo(wanted.table(records))
         typer.echo(f"written to {out / wanted.name}.json and {out / wanted.name}.md")
+
+
+def _spread(submit: Where | None, options: str | None, at_once: int) -> Spread | None:
+    """What runs the units, None for processes of this machine. Raises UsageError and BenchError."""
+    if submit is None and options:
+        raise UsageError("--submit-with says how jobs are submitted: give --submit slurm or local, too")
+    return None if submit is None else submitted(submit, at_once=at_once, options=options_of(options))
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
