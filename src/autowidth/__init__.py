@@ -5,6 +5,7 @@ from autowidth.checkpoint import Run, load_, load_state_dict_, read_run, save
 from autowidth.cost import count_macs
 from autowidth.engine import AutoWidth, resize_
 from autowidth.errors import AutoWidthError
+from autowidth.export import export_onnx, export_program
 from autowidth.history import Event, History
 from autowidth.loaders import Resumable
 from autowidth.policy import Auto, Budget, Limits, Never, Price, Schedule
@@ -35,6 +36,8 @@ __all__ = [
     "Schedule",
     "__version__",
     "count_macs",
+    "export_onnx",
+    "export_program",
     "load_",
     "load_state_dict_",
     "read_run",

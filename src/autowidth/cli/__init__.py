@@ -1,4 +1,4 @@
-"""The command line: train, shrink, eval, predict, inspect, bench."""
+"""The command line: train, shrink, eval, predict, inspect, export, bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from autowidth.cli import bench, evaluate, inspect, predict, shrink, train
+from autowidth.cli import bench, evaluate, export, inspect, predict, shrink, train
 from autowidth.version import __version__
 
 app = typer.Typer(
@@ -47,4 +47,5 @@ app.command("shrink", epilog=shrink.EXAMPLES)(shrink.command)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("predict", epilog=predict.EXAMPLES)(predict.command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
+app.command("export", epilog=export.EXAMPLES)(export.command)
 app.command("bench", epilog=bench.EXAMPLES)(bench.command)
