@@ -246,7 +246,9 @@ def test_the_command_shrinks(trained: nn.Module, tmp_path: Path) -> None:
     assert result["macs"] <= 0.8 * result["macs_start"]
     assert found.stderr.startswith("resnet8 on digits: held-out accuracy ") and "review 1: held-out" in found.stderr
     assert f"({result['accuracy_start']:.2%} before)" in found.stderr
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"run.json", "model.safetensors", "history.jsonl"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {
+        "run.json", "model.safetensors", "history.jsonl", "widths.json",
+    }  # fmt: skip
     for wrong, message in (
         (["--macs", "1.5"], "not below the network that is brought"),
         (["--macs", "0.5", "--params", "0.5"], "keep one of them"),

@@ -205,7 +205,9 @@ def test_a_run_meets_its_budget_and_its_figures_are_true(tmp_path: Path) -> None
     assert run.extra["result"] == json.loads(json.dumps(result.as_json()))
     assert Settings.model_validate(run.extra["settings"]) == short(out=out)
     assert run.history() is not None
-    assert sorted(p.name for p in out.iterdir()) == ["history.jsonl", "model.safetensors", "run.json", "training"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "history.jsonl", "model.safetensors", "run.json", "training", "widths.json",
+    ]  # fmt: skip
 
 
 def slow_evaluation(network: nn.Module, batches: Any) -> tuple[float, float]:

@@ -7,14 +7,17 @@ from autowidth.engine import AutoWidth, resize_
 from autowidth.errors import AutoWidthError
 from autowidth.export import export_onnx, export_program
 from autowidth.history import Event, History
+from autowidth.hub import from_hub, push_to_hub
 from autowidth.loaders import Resumable
 from autowidth.policy import Auto, Budget, Limits, Never, Price, Schedule
 from autowidth.review.effort import Effort
 from autowidth.shrink import shrink_
 from autowidth.signals import stop_asked
+from autowidth.takeaway import from_run
 from autowidth.trace import trace
 from autowidth.training import resume_, save_training, saved_trainings
 from autowidth.version import __version__
+from autowidth.widths import Widths, apply_widths_, read_widths, widths_of, write_widths
 
 __all__ = [
     "Auto",
@@ -34,13 +37,19 @@ __all__ = [
     "Resumable",
     "Run",
     "Schedule",
+    "Widths",
     "__version__",
+    "apply_widths_",
     "count_macs",
     "export_onnx",
     "export_program",
+    "from_hub",
+    "from_run",
     "load_",
     "load_state_dict_",
+    "push_to_hub",
     "read_run",
+    "read_widths",
     "resize_",
     "resume_",
     "save",
@@ -49,4 +58,6 @@ __all__ = [
     "shrink_",
     "stop_asked",
     "trace",
+    "widths_of",
+    "write_widths",
 ]

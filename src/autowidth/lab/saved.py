@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from autowidth.channels import ChannelMap
-from autowidth.checkpoint import Run, load_, read_run, save
+from autowidth.checkpoint import Run, load_, read_run
+from autowidth.checkpoint.saving import write_run
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
 from autowidth.lab.data.decoding import MOST_PIXELS
@@ -20,6 +21,7 @@ from autowidth.lab.result import Resized
 from autowidth.lab.scaling import Scaling
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.version import __version__
+from autowidth.widths import WIDTHS, widths_of
 
 MOST_CHANNELS = 4
 """Of the images that this laboratory reads."""
@@ -42,9 +44,14 @@ def description(settings: Settings, images: ImageSet) -> dict[str, Any]:
 
 
 def save_run(path: str | os.PathLike[str], settings: Settings, images: ImageSet, result: Resized) -> None:
-    """Writes a run that `open_run` can read. Raises what `autowidth.save` raises."""
+    """Writes a run that `open_run` can read, and its widths for people. Raises what `autowidth.save` raises."""
     extra = description(settings, images) | {"result": result.as_json()}
-    save(path, result.network, history=result.history, channel_map=result.channel_map, extra=extra)
+    start = result.history.widths_start
+    widths = widths_of(result.network, result.channel_map, start=start, name=settings.model)
+    write_run(
+        path, result.network, history=result.history, channel_map=result.channel_map, extra=extra,
+        files={WIDTHS: widths.text().encode()},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
