@@ -9,6 +9,7 @@ from autowidth.export import export_onnx, export_program
 from autowidth.history import Event, History
 from autowidth.hub import from_hub, push_to_hub
 from autowidth.loaders import Resumable
+from autowidth.measure import time_layers, time_side_by_side
 from autowidth.policy import Auto, Budget, Limits, Never, Price, Schedule
 from autowidth.review.effort import Effort
 from autowidth.shrink import shrink_
@@ -57,6 +58,8 @@ __all__ = [
     "saved_trainings",
     "shrink_",
     "stop_asked",
+    "time_layers",
+    "time_side_by_side",
     "trace",
     "widths_of",
     "write_widths",

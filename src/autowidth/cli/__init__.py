@@ -1,4 +1,4 @@
-"""The command line: train, shrink, eval, predict, inspect, export, bench."""
+"""The command line: train, shrink, eval, predict, inspect, export, measure, bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from autowidth.cli import bench, evaluate, export, inspect, predict, shrink, train
+from autowidth.cli import bench, evaluate, export, inspect, measure, predict, shrink, train
 from autowidth.version import __version__
 
 app = typer.Typer(
@@ -48,4 +48,5 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("predict", epilog=predict.EXAMPLES)(predict.command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
 app.command("export", epilog=export.EXAMPLES)(export.command)
+app.command("measure", epilog=measure.EXAMPLES)(measure.command)
 app.command("bench", epilog=bench.EXAMPLES)(bench.command)
