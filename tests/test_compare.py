@@ -11,7 +11,7 @@ import pytest
 
 from autowidth.lab.bench import BenchError, bench
 from autowidth.lab.methods import METHODS, UnknownMethodError
-from autowidth.lab.plots import accuracy_plot
+from autowidth.lab.plots import _figure, _frontier, _names, accuracy_plot
 from autowidth.lab.suites import find_suite
 from autowidth.lab.suites.compare import RECIPES, comparison, measure, table
 
@@ -118,6 +118,43 @@ def test_the_table_is_the_mean_over_seeds_and_the_best_comes_first() -> None:
     assert ["autowidth", "budget 0.25", "1x", "7.5", "15.0", "0.5", "2.0", "25.0"] in rows
     assert "50% of the MACs" in text
     assert ["autowidth", "budget 0.25", "1x", "90.00", "25.0", "10", "3", "25.0", "0"] in rows
+
+
+def many(**more: float) -> list[dict[str, Any]]:
+    """Records of twelve published methods around 60 %, ours, a control, and whatever is named with its accuracy."""
+    rest = [record(method=f"published-{n}", policy="one-shot", accuracy=0.6 + n / 1000, macs=30) for n in range(12)]
+    front = [record(accuracy=0.66), record(method="dense", policy="none", accuracy=0.7, macs=100, cpu_seconds=20.0)]
+    return [*rest, *front, *(record(method=name, accuracy=a, macs=30) for name, a in more.items())]
+
+
+def test_the_range_is_that_of_those_who_come_close_and_the_picture_says_who_does_not() -> None:
+    _, panels = _figure(1) or (None, None)
+    assert panels is not None
+    panel = panels[0][0]
+    named = _frontier(panel, many(failed=0.11), lambda r: r["macs"], "MACs")
+    low, high = panel.get_ylim()
+    assert 55 < low < 60 < 70 < high < 72
+    said = [text.get_text() for text in panel.texts]
+    assert said == ["below the picture: failed 11.0"]
+    assert [dot.name for dot in named] == ["published-11", "autowidth", "dense"]
+
+
+def test_names_cover_neither_each_other_nor_a_dot() -> None:
+    figure, panels = _figure(1) or (None, None)
+    assert panels is not None
+    records = [record(method=name, policy="budget", accuracy=0.6 + n / 1e4, start=s, macs=25 + n)
+               for n, (name, s) in enumerate([("autowidth", 1.0), ("autowidth", 2.0), ("autowidth", 0.5),
+                                              ("retrained", 1.0), ("uniform", 1.0), ("dense", 1.0)])]  # fmt: skip
+    panel = panels[0][0]
+    named = _frontier(panel, records, lambda r: r["macs"], "MACs")
+    figure.draw_without_rendering()
+    _names(panel, named)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in panel.texts]
+    assert len(boxes) == len(named) == 6
+    for n, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:n])
+        assert not any(box.contains(*panel.transData.transform((dot.x, dot.y))) for dot in named)
 
 
 def test_the_picture_shows_every_method_of_every_model(tmp_path: Path) -> None:
