@@ -38,7 +38,10 @@ def drawn(text: str) -> dict[str, Drawn]:
 PLAN = drawn(DRAWING.read_text())
 """The floor plan of docs/architecture.md, which every check below holds against the files."""
 
-HEAVY = ("lightning", "onnx", "matplotlib", "datasets", "pyarrow", "rich", "typer", "pydantic", "PIL", "sklearn")
+HEAVY = (
+    "lightning", "mlflow", "onnx", "plotly", "tensorboard", "matplotlib", "datasets", "pyarrow", "rich", "typer",
+    "pydantic", "PIL", "sklearn",
+)  # fmt: skip
 FORBIDDEN_NAMES = ("utils", "util", "helpers", "helper", "base", "common", "misc")
 LONGEST = 40
 LARGEST = 500

@@ -61,6 +61,9 @@ events = st.builds(
     widths=st.dictionaries(names, st.integers(1, 999)),
     maps=st.dictionaries(names, index_maps()),
     worths=st.dictionaries(names, st.tuples(st.floats(), st.floats(), st.floats())),
+    filter_worths=st.dictionaries(names, st.lists(st.floats(), max_size=5).map(tuple)),
+    prices=st.dictionaries(names, st.floats()),
+    interactions=st.dictionaries(names, st.floats()),
     fidelity=st.none() | st.builds(Fidelity, spearman=anything, slope=anything, count=counts),
     coefficients=st.lists(st.floats(), max_size=3).map(tuple),
     seconds=st.dictionaries(st.sampled_from(("probe", "audit", "decide", "surgery")), st.floats()),
@@ -93,7 +96,7 @@ def slow_channels(history: History) -> dict[str, list[int]]:
 def test_an_event_has_exactly_the_agreed_fields() -> None:
     agreed = (
         "step total_steps loss predicted measured price target unit macs_before macs params_before params widths maps "
-        "worths fidelity coefficients seconds memory notes"
+        "worths filter_worths prices interactions fidelity coefficients seconds memory notes"
     )
     assert [f.name for f in dataclasses.fields(Event)] == agreed.split()
     with pytest.raises(dataclasses.FrozenInstanceError):

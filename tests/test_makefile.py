@@ -119,7 +119,7 @@ def test_every_pin_is_exact_and_portable() -> None:
 def test_everything_that_is_asked_for_is_pinned() -> None:
     extras = PROJECT["optional-dependencies"]
     asked = [*PROJECT["dependencies"], *extras["lab"], *extras["bench"], *extras["dev"]]
-    asked = [requirement for requirement in asked if requirement != "autowidth[lab]"]
+    asked = [requirement for requirement in asked if not requirement.startswith("autowidth[")]
     pinned = {normal(pin) for pin in PINS}
     assert {normal(requirement) for requirement in asked} <= pinned
     # A pin for one side of Python 3.11 needs its twin, unless only old Pythons need the package.
@@ -129,10 +129,14 @@ def test_everything_that_is_asked_for_is_pinned() -> None:
 
 def test_the_program_and_the_extras_have_the_promised_names() -> None:
     assert PROJECT["scripts"] == {"autowidth": "autowidth.__main__:main"}
-    promised = {"lab", "hub", "bench", "zoo", "dev"}
+    promised = {"lab", "lightning", "report", "tensorboard", "mlflow", "hub", "onnx", "submit", "bench", "zoo", "dev"}
     assert set(PROJECT["optional-dependencies"]) == promised
     assert PROJECT["requires-python"] == ">=3.10"
-    assert all("autowidth[lab]" in asked for extra, asked in PROJECT["optional-dependencies"].items() if extra != "lab")
+    assert all(
+        "autowidth[lab]" in asked
+        for extra, asked in PROJECT["optional-dependencies"].items()
+        if extra not in ("lab", "lightning", "onnx")
+    )
 
 
 def test_the_library_alone_needs_four_packages() -> None:
@@ -146,7 +150,8 @@ def test_the_library_alone_needs_four_packages() -> None:
 
 def test_the_laboratory_names_the_packages_of_its_extra() -> None:
     imported = {"pillow": "PIL", "scikit-learn": "sklearn", "pydantic-settings": "pydantic_settings"}
-    names = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["lab"]} - {"tomli"}
+    drawn = {"plotly", "jinja2"}  # a run that cannot draw its page says so, and goes on
+    names = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["lab"]} - {"tomli"} - drawn
     assert {imported.get(name, name) for name in names} == set(PACKAGES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -10,6 +11,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from autowidth.errors import AutoWidthError
+from autowidth.notebook import bar, table
 
 FRESH = -1
 """In an index map: this slot has no old channel behind it, it is inserted."""
@@ -186,6 +188,17 @@ class ChannelMap:
 
     def __repr__(self) -> str:
         return "\n".join(_table(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the channel groups with their widths to scale, and why axes are frozen."""
+        most = max((group.width for group in self.groups), default=1)
+        rows = [(g.name, g.width, bar(g.width, most=most), len(g.axes)) for g in self.groups]
+        reasons = Counter(frozen.reason for frozen in self.frozen)
+        return table(("channel group", "width", "", "axes"), rows, title=_table(self)[0]) + (
+            table(("frozen because", "axes"), list(reasons.items()), title="Frozen, wholly or in part")
+            if reasons
+            else ""
+        )
 
     def group(self, name: str) -> ChannelGroup:
         """The group of this name. Raises UnknownGroupError with the closest names."""

@@ -151,7 +151,9 @@ class AutoWidth:
     def _begin(self, total_steps: int, steps: Sequence[int], history: str | os.PathLike[str] | None) -> None:
         """Starts counting, and the record."""
         if history is not None:
-            self._reviewer.history = History(self.channel_map.widths, path=history)
+            self._reviewer.history = History(
+                self.channel_map.widths, path=history, layers=self._reviewer.history.layers
+            )
         self.steps, self.total_steps, self._due, self._review_steps = 0, total_steps, False, frozenset(steps)
         self.macs_start, self.params_start = self.macs, self.params
         self._progress = _Progress(self.steps, self.total_steps, tuple(sorted(self._review_steps)))

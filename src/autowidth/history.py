@@ -7,31 +7,28 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from autowidth.channels import FRESH, IndexMap
 from autowidth.errors import AutoWidthError
-from autowidth.history_lines import is_count, wrong_entry
-from autowidth.reading import ReadError, read_bytes, strict_json
+from autowidth.history_lines import is_count, is_json, parsed, upgraded, wrong_entry
+from autowidth.layers import Layer, layers_in
+from autowidth.notebook import history_tables, review_table
+from autowidth.reading import ReadError, read_bytes
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the file format. A reader takes older ones, and refuses a file of a newer version.
 
 1: the cost aimed at was `target_macs`, whatever its unit; predictions were `announced`.
 2: no `memory`.
+3: the header had no `layers`; events had no `filter_worths`, `prices` and `interactions`.
 """
 
 LIMIT = 1 << 28
 """Bytes of a history file that are read: some thousand reviews of the largest networks."""
-
-LINE_LIMIT = 1 << 24
-"""Bytes that a line may have."""
-
-LINE_VALUES = 2_000_000
-"""Values that a line may hold: an index map has one for each channel."""
 
 PARTS = ("probe", "audit", "decide", "surgery")
 """What the time of a review is spent on."""
@@ -92,6 +89,12 @@ class Event:
     """Channel group name -> index map, for the groups that were resized."""
     worths: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """Channel group name -> weakest, median and strongest worth before the resize."""
+    filter_worths: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Channel group name -> worth of every filter before the resize, in three digits; of maps the old indices."""
+    prices: dict[str, float] = field(default_factory=dict)
+    """Channel group name -> what one filter has to be worth to pay for itself after the review, nats per sample."""
+    interactions: dict[str, float] = field(default_factory=dict)
+    """Channel group name -> what two of its weakest filters cost together beyond what each costs alone, half of it."""
     fidelity: Fidelity | None = None
     coefficients: tuple[float, ...] = ()
     """Of (next-layer, own-layer) in the worth, as the audits had taught by then."""
@@ -109,10 +112,17 @@ class Event:
         object.__setattr__(self, "widths", {group: int(width) for group, width in self.widths.items()})
         object.__setattr__(self, "maps", dict(self.maps))
         object.__setattr__(self, "worths", {group: tuple(map(_finite_or_nan, w)) for group, w in self.worths.items()})
+        worths = {group: tuple(map(_in_three_digits, w)) for group, w in self.filter_worths.items()}
+        object.__setattr__(self, "filter_worths", worths)
+        for name in ("prices", "interactions"):
+            object.__setattr__(self, name, {group: _finite_or_nan(n) for group, n in getattr(self, name).items()})
         object.__setattr__(self, "coefficients", tuple(map(_finite_or_nan, self.coefficients)))
         object.__setattr__(self, "seconds", {part: _finite_or_nan(s) for part, s in self.seconds.items()})
         object.__setattr__(self, "memory", {what: int(count) for what, count in self.memory.items()})
         object.__setattr__(self, "notes", tuple(self.notes))
+
+    def _repr_html_(self) -> str:
+        return review_table(self)
 
     @property
     def removed(self) -> dict[str, int]:
@@ -131,17 +141,24 @@ class Event:
 
 
 class History:
-    """The events of one run, oldest first, and the widths that it started from.
+    """The events of one run, oldest first, the widths that it started from, and the layers that have them.
 
     With a `path` the record is a file from the start: a header line, then one line per event, on disk before
     `append` returns. Raises FileExistsError where that file already exists: a record is never overwritten by accident
     (`read` it and `attach` it to go on).
     """
 
-    def __init__(self, widths_start: Mapping[str, int], *, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        widths_start: Mapping[str, int],
+        *,
+        path: str | os.PathLike[str] | None = None,
+        layers: Sequence[Layer] = (),
+    ) -> None:
         self._widths_start = {group: int(width) for group, width in widths_start.items()}
+        self._layers = tuple(layers)
         self._events: list[Event] = []
-        self._header = len(_line({"schema": SCHEMA, "widths_start": self._widths_start}))
+        self._header = len(self._head())
         self._sizes: list[int] = []  # bytes of each event's line
         self._path: Path | None = None
         if path is not None:
@@ -154,6 +171,9 @@ class History:
     def __repr__(self) -> str:
         return f"History({len(self)} events, {self.removed_total} removed, {self.inserted_total} inserted)"
 
+    def _repr_html_(self) -> str:
+        return history_tables(self)
+
     def __len__(self) -> int:
         return len(self._events)
 
@@ -164,6 +184,11 @@ class History:
     def widths_start(self) -> dict[str, int]:
         """Channel group name -> width before the first event."""
         return dict(self._widths_start)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of the starting network in the order of the forward pass; empty where they were not told."""
+        return self._layers
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -241,8 +266,13 @@ class History:
 
     def lines(self) -> Iterator[bytes]:
         """What a history file holds: a header, then one line per event."""
-        yield _line({"schema": SCHEMA, "widths_start": self._widths_start})
+        yield self._head()
         yield from (_line(_event_to_json(event)) for event in self._events)
+
+    def _head(self) -> bytes:
+        """The first line of a history file."""
+        layers = [layer.as_json() for layer in self._layers]
+        return _line({"schema": SCHEMA, "widths_start": self._widths_start, "layers": layers})
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> History:
@@ -265,14 +295,14 @@ class History:
         header, *lines = data.split(b"\n")
         while lines and not lines[-1]:
             lines.pop()
-        schema, widths = _header(path, header)
-        history = cls(widths)
-        if lines and not data.endswith(b"\n") and not _is_json(lines[-1]):
+        schema, widths, layers = _header(path, header)
+        history = cls(widths, layers=layers)
+        if lines and not data.endswith(b"\n") and not is_json(lines[-1]):
             lines.pop()
             warnings.warn(f"history {path}: dropped the last line, which a crash cut short", stacklevel=3)
         for number, line in enumerate(lines, start=2):
             try:
-                history.append(_event_from_json(_upgraded(_parsed(line), schema)))
+                history.append(_event_from_json(upgraded(parsed(line), schema)))
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 raise HistoryError(f"history {path}, line {number} is damaged: no event ({error})") from error
         return history
@@ -384,22 +414,16 @@ def _finite_or_nan(number: float | None) -> float:
     return float(number) if number is not None and math.isfinite(number) else math.nan
 
 
+def _in_three_digits(number: float | None) -> float:
+    return _finite_or_nan(None if number is None else float(f"{number:.3g}"))  # the largest float rounds to infinity
+
+
 def _null(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
 def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises ReadError, which is a ValueError, where it is none, or dubious."""
-    if len(line) > LINE_LIMIT:
-        raise ReadError(f"the line has {len(line):,} bytes, allowed are {LINE_LIMIT:,}")
-    record = strict_json(line, "the line", most=LINE_VALUES)
-    if not isinstance(record, dict):
-        raise ReadError("the line is no JSON object")
-    return record
 
 
 def _add(path: Path, line: bytes) -> None:
@@ -414,18 +438,10 @@ def _add(path: Path, line: bytes) -> None:
         os.close(descriptor)
 
 
-def _is_json(line: bytes) -> bool:
+def _header(path: str | os.PathLike[str], line: bytes) -> tuple[int, dict[str, int], list[Layer]]:
+    """The format, the starting widths and the layers of the file's first line. Raises HistoryError."""
     try:
-        _parsed(line)
-    except ReadError:
-        return False
-    return True
-
-
-def _header(path: str | os.PathLike[str], line: bytes) -> tuple[int, dict[str, int]]:
-    """The format and the starting widths of the file's first line. Raises HistoryError."""
-    try:
-        header = _parsed(line)
+        header = parsed(line)
     except ReadError as error:
         raise HistoryError(
             f"history {path}, line 1: no header with a schema version ({error}); it is no history file"
@@ -439,17 +455,10 @@ def _header(path: str | os.PathLike[str], line: bytes) -> tuple[int, dict[str, i
         )
     if not isinstance(widths, dict) or not all(map(is_count, widths.values())):
         raise HistoryError(f"history {path}, line 1: the header has no widths_start; the file is damaged")
-    return schema, widths
-
-
-def _upgraded(record: dict[str, Any], schema: int) -> dict[str, Any]:
-    """The record of an event as this version writes it. Raises KeyError where an entry is missing."""
-    if schema >= 3:
-        return record
-    known = dict(record) | {"memory": {}}
-    if schema == 2:
-        return known
-    return known | {"predicted": known.pop("announced"), "target": known.pop("target_macs"), "unit": "macs"}
+    try:
+        return schema, widths, layers_in(header.get("layers", ()), widths)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HistoryError(f"history {path}, line 1: its layers are damaged ({error})") from error
 
 
 def _event_to_json(event: Event) -> dict[str, object]:
@@ -457,6 +466,9 @@ def _event_to_json(event: Event) -> dict[str, object]:
     return {name: getattr(event, name) for name in _FIELDS} | {
         "maps": {group: {"source": list(m.source), "size": m.size} for group, m in event.maps.items()},
         "worths": {group: [_null(w) for w in worths] for group, worths in event.worths.items()},
+        "filter_worths": {group: [_null(w) for w in worths] for group, worths in event.filter_worths.items()},
+        "prices": {group: _null(price) for group, price in event.prices.items()},
+        "interactions": {group: _null(nats) for group, nats in event.interactions.items()},
         "fidelity": fidelity and {name: getattr(fidelity, name) for name in ("spearman", "slope", "count")},
         "coefficients": [_null(c) for c in event.coefficients],
         "seconds": {part: _null(s) for part, s in event.seconds.items()},

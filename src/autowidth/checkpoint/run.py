@@ -82,7 +82,7 @@ class Run:
         """The events up to the save."""
         if len(whole) < (self.events or 0):
             raise CheckpointError(f"{path} holds {len(whole)} events, but the run was saved after {self.events}")
-        history = History(whole.widths_start)
+        history = History(whole.widths_start, layers=whole.layers)
         for event in whole.events[: self.events]:
             history.append(event)
         return history

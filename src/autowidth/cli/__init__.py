@@ -1,4 +1,4 @@
-"""The command line: train, shrink, eval, predict, inspect, export, measure, bench."""
+"""The command line: train, shrink, eval, predict, inspect, report, export, measure, bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from autowidth.cli import bench, evaluate, export, inspect, measure, predict, shrink, train
+from autowidth.cli import bench, evaluate, export, inspect, measure, predict, report, shrink, train
+from autowidth.cli.logs import WithOptionalValues
 from autowidth.version import __version__
 
 app = typer.Typer(
@@ -42,11 +43,12 @@ def about(
     """
 
 
-app.command("train", epilog=train.EXAMPLES)(train.command)
+app.command("train", epilog=train.EXAMPLES, cls=WithOptionalValues)(train.command)
 app.command("shrink", epilog=shrink.EXAMPLES)(shrink.command)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("predict", epilog=predict.EXAMPLES)(predict.command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
 app.command("export", epilog=export.EXAMPLES)(export.command)
 app.command("measure", epilog=measure.EXAMPLES)(measure.command)
+app.command("report", epilog=report.EXAMPLES)(report.command)
 app.command("bench", epilog=bench.EXAMPLES)(bench.command)

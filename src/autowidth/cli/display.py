@@ -1,23 +1,23 @@
-"""What the command prints of a run: lines or a live screen while it trains, a table and the result at its end."""
+"""What the command prints of a run: lines, in a terminal above a bar; a table and the result at its end."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
-from rich.text import Text
 
 from autowidth.cost import macs_cost
 from autowidth.history import Event
 from autowidth.lab.policies import reviewed
 from autowidth.lab.result import Progress, Result
 from autowidth.lab.settings import Settings
+from autowidth.report.words import decided, reason_for_no_removal
+from autowidth.report.words import short as short  # other commands take it from here
 
 
 def console_for(*, stderr: bool) -> Console:
@@ -40,7 +40,7 @@ class Silence:
 
 
 class Lines(Silence):
-    """One line per epoch and per review, for logs and pipes."""
+    """One line per epoch, and two per review: its figures, and what it decided and why."""
 
     def __init__(self, console: Console, settings: Settings) -> None:
         self.console = console
@@ -58,7 +58,7 @@ class Lines(Silence):
         if p.moment == "start":
             return _opening(self.settings, p)
         if p.moment == "review" and p.event is not None:
-            return f"  {_described(p.event, p.reviews)}; widths {_widths(p.widths)}"
+            return f"  {_described(p.event, p.reviews)}; widths {_widths(p.widths)}\n    {decided(p.event)}"
         if p.moment == "epoch":
             accuracy = "      -" if p.accuracy is None else f"{p.accuracy:7.2%}"  # not evaluated after every epoch
             return (
@@ -68,45 +68,33 @@ class Lines(Silence):
         return None
 
 
-class Screen(Silence):
-    """A live display for a terminal: bar, figures, widths, the last review."""
+class Screen(Lines):
+    """The same lines in a terminal, above a bar that says where the run stands."""
 
     def __init__(self, console: Console, settings: Settings) -> None:
-        self.settings = settings
+        super().__init__(console, settings)
         self.bar = Bar(
             TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=console,
+            TimeRemainingColumn(), TextColumn("{task.description}"), console=console, transient=True,
         )  # fmt: skip
-        self.task = self.bar.add_task("epoch", total=settings.epochs)
-        self.live = Live(console=console, refresh_per_second=8)
-        self.console = console
+        self.task = self.bar.add_task("", total=settings.epochs)
 
     def __enter__(self) -> None:
-        self.live.__enter__()
+        self.bar.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self.live.__exit__(None, None, None)
+        self.bar.__exit__(None, None, None)
 
     def show(self, progress: Progress) -> None:
-        """Draws where the run stands."""
+        """Prints the line of an epoch or a review that is over, and moves the bar."""
         p = progress
+        super().show(progress)
         if p.notice is not None:
-            self.console.print(p.notice, soft_wrap=True, highlight=False, markup=False)
             return
-        self.bar.update(self.task, completed=p.epochs * p.step // p.total_steps)
-        figures = Table.grid(padding=(0, 3))
-        figures.add_row("loss", "accuracy", "MACs", "parameters", "reviews", style="dim")
-        figures.add_row(
-            "" if p.loss is None else f"{p.loss:.4f}",
-            "" if p.accuracy is None else f"{p.accuracy:.2%}",
-            f"{short(p.macs)} ({p.macs / p.macs_start:.1%})",
-            f"{short(p.params)} ({p.params / p.params_start:.1%})",
-            str(p.reviews),
-        )
-        waiting = "no review yet" if reviewed(self.settings.policy) else "no reviews"
-        last = _described(p.event, p.reviews) if p.event else waiting
-        widths = Text(f"widths {_widths(p.widths)}")
-        self.live.update(Group(Text(_opening(self.settings, p)), self.bar, figures, widths, Text(last)))
+        loss = "" if p.loss is None else f"loss {p.loss:.4f}, "
+        reviews = f"{p.reviews} reviews" if p.reviews != 1 else "1 review"
+        now = f"{loss}MACs {p.macs / p.macs_start:.1%}, {reviews if reviewed(self.settings.policy) else 'no reviews'}"
+        self.bar.update(self.task, completed=p.epochs * p.step // p.total_steps, description=now)
 
 
 def display_for(console: Console, settings: Settings, *, quiet: bool) -> Silence:
@@ -157,24 +145,19 @@ def groups_table(result: Result) -> Table:
     return table
 
 
-def closing(result: Result) -> str:
-    """The result in a line, and where it lies in another."""
+def closing(result: Result, *, written: str) -> str:
+    """The result in a line, and where it lies in another; `written` names what lies there beside the run itself."""
     r = result
     what = "accuracy" if r.part == "test" else "held-out accuracy"
     share = f"{r.review_seconds / r.seconds:.1%} of it in {r.reviews} reviews" if r.reviews else "no reviews"
     timed = f", {r.latency_ms:.3g} ms an image instead of {r.latency_ms_start:.3g}" if r.latency_ms else ""
+    reason = reason_for_no_removal(r.history) if r.reviews else None
+    nothing = f"\nnothing was removed: {escape(reason)}" if reason else ""
     moved = f", {r.removed} filters removed, {r.inserted} inserted ({r.inserted_alive} alive)" if r.reviews else ""
     before = "" if r.accuracy_start is None else f" ({r.accuracy_start:.2%} before training)"
     return (
         f"[bold]{what} {r.accuracy:.2%}{before} with {r.macs / r.macs_start:.1%} of the MACs and "
         f"{r.params / r.params_start:.1%} of the parameters[/bold] of the starting network{timed}{moved}; "
-        f"{r.seconds:.1f} s, {share}\nwritten to {escape(str(r.out))}: model.safetensors, run.json, history.jsonl"
+        f"{r.seconds:.1f} s, {share}{nothing}\n"
+        f"written to {escape(str(r.out))}: model.safetensors, run.json, history.jsonl{written}"
     )
-
-
-def short(number: float) -> str:
-    """A count in three digits: 41.2 M."""
-    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"

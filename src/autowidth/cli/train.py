@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from autowidth.cli.display import closing, console_for, display_for, groups_table
+from autowidth.cli.display import Silence, closing, console_for, display_for, groups_table
 from autowidth.cli.door import door
+from autowidth.cli.logs import Logs, logs_for
+from autowidth.cli.recording import Recorder
 from autowidth.lab.loop import train
 from autowidth.lab.policies import from_options
+from autowidth.lab.result import Progress
 from autowidth.lab.resuming import settings_to_resume
 from autowidth.lab.settings import Settings, settings_from
 from autowidth.lab.torchrun import is_first, joined, left_by_a_restart
@@ -37,6 +41,9 @@ a run that was broken off, and a finished one that is to go on longer:
   autowidth train --resume runs/resnet20-digits-0 --epochs 200
 four processes on this machine, a batch of 256 images divided among them:
   torchrun --nproc-per-node 4 -m autowidth train --batch-size 256
+figures and histograms for TensorBoard, or for MLflow:
+  autowidth train --tensorboard
+  autowidth train --mlflow http://127.0.0.1:5000
 settings out of a file, the result for a program:
   autowidth train --config run.toml --seed 1 --json
 
@@ -45,6 +52,8 @@ for the policy and for what reviews may look at:
   epochs = 30
   policy = {name = "budget", macs = 0.4, limits = {multiple = 8}}
   effort = {audit_filters = 20}
+While it trains, [bold]autowidth report[/bold] draws the page of the run;
+at its end every run has one, report.html.
 What is in neither may be in the environment: AUTOWIDTH_EPOCHS=30.
 """
 
@@ -94,6 +103,13 @@ Config = Annotated[Path | None, typer.Option(help="file of settings, TOML or JSO
 Device = Annotated[str | None, option("device", "--device")]
 Threads = Annotated[int | None, option("threads", "--threads")]
 NoEdit = Annotated[bool, typer.Option("--no-edit", help="plain training: no reviews, no resizing")]
+TensorBoard = Annotated[
+    str | None,
+    typer.Option(metavar="[DIR]", help="write event files for TensorBoard; default tensorboard/NAME beside the run"),
+]
+Mlflow = Annotated[
+    str | None, typer.Option(metavar="[URI]", help="log to MLflow, at this address or at that of its environment")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no table, only the result")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -105,8 +121,8 @@ def command(
     batch_size: BatchSize = None, lr: Rate = None, seed: Seed = None, width: Width = None, out: Out = None,
     weights: Weights = None, new_head: NewHead = False, normalize: Normalize = None, resume: Resume = None,
     save_every: SaveEvery = None, keep: Keep = None, rescue: Rescue = None, config: Config = None,
-    device: Device = None, threads: Threads = None, no_edit: NoEdit = False, as_json: AsJson = False,
-    quiet: Quiet = False, debug: Debug = False,
+    device: Device = None, threads: Threads = None, no_edit: NoEdit = False, tensorboard: TensorBoard = None,
+    mlflow: Mlflow = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train a network, and come out with the right number of filters in every layer."""
     bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
@@ -124,21 +140,36 @@ def command(
         resume = resume or left_by_a_restart(settings.out)
         if resume is not None:
             settings = settings_to_resume(resume, settings)
-        _run(settings, resume, as_json=as_json, quiet=quiet)
+        _run(settings, resume, tensorboard, mlflow, as_json=as_json, quiet=quiet)
 
 
-def _run(settings: Settings, resume: Path | None, *, as_json: bool, quiet: bool) -> None:
+def _shown(viewers: tuple[Recorder | Silence | Logs, ...], progress: Progress) -> None:
+    """Tells everybody who looks on how the run stands."""
+    for viewer in viewers:
+        viewer.show(progress)
+
+
+def _run(
+    settings: Settings, resume: Path | None, tensorboard: str | None, mlflow: str | None, *, as_json: bool, quiet: bool
+) -> None:
     """Trains, shows how it goes on, prints the result; as JSON on stdout, and the rest on stderr, where asked for."""
     console = console_for(stderr=as_json)
     with joined(settings) as mine:
         if not is_first():
             train(mine, resume=resume)
             return
-        with (display := display_for(console, mine, quiet=quiet)):
-            result = train(mine, report=display.show, resume=resume)
+        out = mine.out or default_folder(mine)
+        display, recorder = display_for(console, mine, quiet=quiet), Recorder(out, mine, resume=resume)
+        with logs_for(mine, out, tensorboard=tensorboard, mlflow=mlflow) as logs, recorder:
+            viewers = (recorder, display, logs)
+            with display:
+                result = train(mine, report=partial(_shown, viewers), watch=recorder.watch, resume=resume)
+            unwritten = recorder.finish(Path(result.out or out))
     if not quiet:
         console.print(groups_table(result))
-    console.print(closing(result), soft_wrap=True, highlight=False)
+    console.print(closing(result, written=recorder.written), soft_wrap=True, highlight=False)
+    if unwritten is not None:
+        console.print(unwritten, soft_wrap=True, highlight=False, markup=False)
     if as_json:
         typer.echo(json.dumps(result.as_json(), allow_nan=False))
 

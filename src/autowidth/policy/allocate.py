@@ -128,14 +128,21 @@ class Allocation:
                 self.insert_up_to(target, price or 0.0, most=None)
             regained += self.take_back_up_to(target)
         return Decision(
-            plan=self.plan(), target=target, unit=unit, price=price, predicted=predicted - regained,
-            multiple=self.limits.multiple,
+            plan=self.plan(), target=target, unit=unit, price=price, prices=self._prices(price),
+            predicted=predicted - regained, multiple=self.limits.multiple,
         )  # fmt: skip
 
     def _density(self, worth: Array, left: Array) -> Array:
         """Worth per unit of cost, under the prior of diminishing returns, if `left` channels are left in each group."""
         prior = (self.share / np.maximum(left, 0.5)) ** self.limits.diminishing
         return worth * prior / np.maximum(self.cost.of_channel(self.widths), 1e-12)
+
+    def _prices(self, price: float | None) -> dict[str, float]:
+        """What one filter of each group has to be worth at this price, nats per sample; empty without a price."""
+        if price is None:
+            return {}
+        worth_one = self._density(np.ones_like(self.widths), self.widths)
+        return dict(zip(self.cost.names, (price / worth_one).tolist(), strict=True))
 
     # ---- removal
 

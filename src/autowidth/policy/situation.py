@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -132,16 +132,17 @@ class Decision:
     """What to do: index maps of the groups that change, the cost aimed at, the price that it implies.
 
     target: the cost aimed at, in `unit`; price: nats per unit at the margin, of the filters removed last, 0 where they
-    cost nothing; predicted: the sum of what the removed filters cost, and of what they cost beyond that together, nats
-    per sample. multiple: of what the widths that change are multiples. max_rise: the rise of the loss, nats per sample,
-    above which only half of the decision is carried out. missed: a sentence for the user where the target cannot be
-    met, None where it is.
+    cost nothing; prices: what that asks of one filter of each channel group, nats per sample; predicted: the sum of
+    what the removed filters cost, and of what they cost beyond that together, nats per sample. multiple: of what the
+    widths that change are multiples. max_rise: the rise of the loss, nats per sample, above which only half of the
+    decision is carried out. missed: a sentence for the user where the target cannot be met, None where it is.
     """
 
     plan: Mapping[str, IndexMap]
     target: float | None = None
     unit: Unit = "macs"
     price: float | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
     predicted: float | None = None
     multiple: int = 1
     max_rise: float = math.inf

@@ -34,6 +34,7 @@ from autowidth.channels import ChannelMap, ResizePlan
 from autowidth.cost import macs_cost, params_cost
 from autowidth.history import Event, Fidelity, History
 from autowidth.latency import LatencyMeter
+from autowidth.layers import layers_of
 from autowidth.policy import Costs, Decision, GroupReport, Policy, Situation, shrunk
 from autowidth.ranks import ALONE, Ranks
 from autowidth.review.batches import Batches, Loss, count, mean_loss, samples_of
@@ -120,7 +121,7 @@ class Reviewer:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.history = History(self.channel_map.widths)
+        self.history = History(self.channel_map.widths, layers=layers_of(self.channel_map))
         self.calibration = Calibration()
         self.samples = samples_of(self.probe)
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -345,12 +346,15 @@ class Reviewer:
                     journal.write_(buffer, content)
         clock.lap("surgery")
         missed = () if decision.missed is None else (decision.missed,)
+        worths = {name: worth for name, worth in judgement.worths.items() if np.isfinite(worth).all()}
         event = Event(
             step=situation.step, total_steps=situation.total_steps, loss=judgement.loss, predicted=decision.predicted,
             measured=measured, price=decision.price, target=decision.target, unit=decision.unit,
             macs_before=before[0], macs=self.macs, params_before=before[1], params=self.params,
             widths=self.channel_map.widths, maps=dict(decision.plan),
-            worths={name: _span(worth) for name, worth in judgement.worths.items() if np.isfinite(worth).all()},
+            worths={name: _span(worth) for name, worth in worths.items()},
+            filter_worths={name: tuple(worth.tolist()) for name, worth in worths.items()}, prices=dict(decision.prices),
+            interactions={report.name: c for report in situation.groups if (c := report.interaction)},
             fidelity=judgement.fidelity, coefficients=judgement.calibration.coefficients, seconds=clock.seconds,
             memory=memory.now(),
             notes=(*decision.notes, *missed),
