@@ -814,7 +814,7 @@ def test_texts_lead_to_their_sets(small_cifar: Path, tmp_path: Path) -> None:
     assert data.load("digits", pool=2).image_shape == (1, 4, 4)
     assert len(data.load(f"cifar10:{small_cifar}", limit=7).train) == 7
     write_classes(tmp_path / "pictures", {"bee": 5, "cow": 5})
-    assert data.load(f"folder:{tmp_path / 'pictures'}").image_shape == (3, 32, 32)
+    assert data.load(f"folder:{tmp_path / 'pictures'}").image_shape == (3, 12, 12)
     assert data.load(f"folder:{tmp_path / 'pictures'}", size=16, pool=2).image_shape == (3, 8, 8)
 
 
@@ -1043,8 +1043,8 @@ def test_a_stream_that_cannot_be_is_refused(small_cifar: Path) -> None:
 
 def test_a_set_tells_its_splits_and_class_counts_in_one_line(small_cifar: Path, tmp_path: Path) -> None:
     assert str(data.cifar10(small_cifar, holdout=0.25)) == (
-        "CIFAR-10: 30 training, 10 held-out and 10 test images of 3 x 8 x 8; training images by class: "
-        + ", ".join(f"{name} 3" for name in data.CIFAR10_CLASSES)
+        "CIFAR-10: 30 training, 10 held-out and 10 test images of 3 x 8 x 8; training images moved by up to 1 pixel "
+        "and flipped at random; training images by class: " + ", ".join(f"{name} 3" for name in data.CIFAR10_CLASSES)
     )
     streamed = str(data.load(f"cifar10:{small_cifar}", stream_above=0, workers=0))
     assert streamed.startswith("CIFAR-10: 40 training and 10 test images of 3 x 8 x 8; streamed by 0 workers; training")

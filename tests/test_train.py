@@ -27,13 +27,12 @@ from autowidth.engine import Effort
 from autowidth.lab.data import CorruptImageError, digits
 from autowidth.lab.loop import (
     Method,
-    decayed_and_not,
     evaluate,
     one_cycle,
     probe_batches,
     train,
 )
-from autowidth.lab.loop_parts import compiled
+from autowidth.lab.loop_parts import compiled, decayed_and_not
 from autowidth.lab.models import build, resolve
 from autowidth.lab.prepare import ModelError
 from autowidth.lab.result import Progress

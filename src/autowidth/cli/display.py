@@ -111,7 +111,20 @@ def _opening(settings: Settings, p: Progress) -> str:
     if p.accuracy_start is not None:
         start += f", {p.accuracy_start:.2%} with the weights of {settings.weights}"
     run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
-    return f"{run}\n{p.data}"
+    return "\n".join(filter(None, (run, _fine_tuning(settings), p.data)))
+
+
+def _fine_tuning(settings: Settings) -> str:
+    """How given weights are trained on, in a line; nothing where they are fresh."""
+    if settings.weights is None:
+        return ""
+    schedule, limits = getattr(settings.policy, "schedule", None), getattr(settings.policy, "limits", None)
+    reviews = "no reviews"
+    if reviewed(settings.policy) and schedule is not None and limits is not None:
+        inserted = "insertion allowed" if limits.offer else "nothing inserted"
+        reviews = f"{schedule.count} reviews from {schedule.begin:.0%} to {schedule.end:.0%} of the run, {inserted}"
+    rate = f"{settings.optimizer}, learning rate {settings.lr:g} ({settings.schedule})"
+    return f"fine-tuning: {rate}, {settings.epochs} epochs, {reviews}"
 
 
 def _described(event: Event, number: int) -> str:

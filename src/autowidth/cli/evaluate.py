@@ -11,7 +11,7 @@ import typer
 from autowidth.checkpoint import RUN
 from autowidth.cli.display import console_for, short
 from autowidth.cli.door import UsageError, door
-from autowidth.cli.train import option
+from autowidth.cli.options import option
 from autowidth.lab.evaluating import Evaluation, evaluate_model, evaluate_run
 from autowidth.lab.settings import settings_of
 

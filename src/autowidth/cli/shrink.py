@@ -12,7 +12,7 @@ from rich.console import Console
 
 from autowidth.cli.display import console_for, short
 from autowidth.cli.door import UsageError, door
-from autowidth.cli.train import option
+from autowidth.cli.options import option
 from autowidth.lab.policies import TargetError
 from autowidth.lab.settings import settings_of
 from autowidth.lab.shrinking import Shrunk, shrink

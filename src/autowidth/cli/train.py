@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
+import os
+import textwrap
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,16 +15,24 @@ import typer
 from autowidth.cli.display import Silence, closing, console_for, display_for, groups_table
 from autowidth.cli.door import door
 from autowidth.cli.logs import Logs, logs_for
+from autowidth.cli.options import NESTED, all_settings, given, merged, settings_options
 from autowidth.cli.recording import Recorder
 from autowidth.lab.loop import train
 from autowidth.lab.policies import from_options
+from autowidth.lab.prepare import free_folder
 from autowidth.lab.result import Progress
-from autowidth.lab.resuming import settings_to_resume
+from autowidth.lab.resuming import settings_to_resume, unfinished_at
 from autowidth.lab.settings import Settings, settings_from
 from autowidth.lab.torchrun import is_first, joined, left_by_a_restart
 from autowidth.policy import POLICIES
 
-EXAMPLES = """[bold]Examples[/bold]
+
+def listed(names: Sequence[str]) -> str:
+    """Names between commas, in lines that fit a narrow terminal."""
+    return "\n".join(textwrap.wrap(", ".join(names), 72, break_on_hyphens=False))
+
+
+EXAMPLES = f"""[bold]Examples[/bold]
 
 digits, ResNet-20, as wide as the digits need, about a minute:
   autowidth train
@@ -35,7 +45,8 @@ start narrow, and let filters be inserted:
 a network of yours on pictures of yours:
   autowidth train --model my_net:Net --data folder:photos
 a trained network, made smaller and trained on:
-  autowidth train --model my_net:Net --weights best.pt --data folder:photos --macs 0.5 --lr 0.01
+  autowidth train --model my_net:Net --weights best.pt \\
+    --data folder:photos --macs 0.5
 a run that was broken off, and a finished one that is to go on longer:
   autowidth train --resume runs/resnet20-digits-0
   autowidth train --resume runs/resnet20-digits-0 --epochs 200
@@ -50,26 +61,21 @@ settings out of a file, the result for a program:
 A configuration file, TOML or JSON, holds the same names, and tables
 for the policy and for what reviews may look at:
   epochs = 30
-  policy = {name = "budget", macs = 0.4, limits = {multiple = 8}}
-  effort = {audit_filters = 20}
+  policy = {{name = "budget", macs = 0.4, limits = {{multiple = 8}}}}
+  effort = {{audit_filters = 20}}
 While it trains, [bold]autowidth report[/bold] draws the page of the run;
 at its end every run has one, report.html.
 What is in neither may be in the environment: AUTOWIDTH_EPOCHS=30.
+
+[bold]What --set takes[/bold]
+
+--set policy.limits.multiple=8 does what the table above does. A policy
+has those of these settings that it knows; docs/ and the docstrings of
+Budget, Schedule, Limits and Effort say what each does.
+{listed(NESTED)}
 """
 
 
-def option(setting: str, *names: str) -> Any:
-    """An option that fills this setting; its help and its default are the setting's."""
-    field = Settings.model_fields[setting]
-    default = "" if field.default is None else f"; default {field.default}"
-    return typer.Option(*names, help=f"{field.description}{default}")
-
-
-Model = Annotated[str | None, option("model", "--model")]
-Data = Annotated[str | None, option("data", "--data")]
-Weights = Annotated[Path | None, option("weights", "--weights")]
-NewHead = Annotated[bool, typer.Option("--new-head", help=Settings.model_fields["new_head"].description)]
-Normalize = Annotated[str | None, option("normalize", "--normalize")]
 Macs = Annotated[
     float | None, typer.Option(help="end at this cost: a share of the starting MACs, or above 100 MACs per image")
 ]
@@ -84,24 +90,17 @@ Auto = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(help=f"any policy by name, its settings from the configuration: {', '.join(POLICIES)}"),
+    typer.Option(help=f"any policy by name, its settings from --set or the configuration: {', '.join(POLICIES)}"),
 ]
-Epochs = Annotated[int | None, option("epochs", "--epochs")]
-BatchSize = Annotated[int | None, option("batch_size", "--batch-size")]
-Rate = Annotated[float | None, option("lr", "--lr")]
-Seed = Annotated[int | None, option("seed", "--seed")]
-Width = Annotated[float | None, option("width", "--width")]
-Out = Annotated[Path | None, typer.Option(help="folder that the run is written to; default runs/MODEL-DATA-SEED")]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="a setting of the policy or of what reviews look at; see below"),
+]
 Resume = Annotated[
     Path | None,
     typer.Option(help="go on with the run in this folder, which knows its settings; with --epochs, for longer"),
 ]
-SaveEvery = Annotated[float | None, option("save_every", "--save-every")]
-Keep = Annotated[int | None, option("keep", "--keep")]
-Rescue = Annotated[Path | None, option("rescue", "--rescue")]
 Config = Annotated[Path | None, typer.Option(help="file of settings, TOML or JSON; options overrule it")]
-Device = Annotated[str | None, option("device", "--device")]
-Threads = Annotated[int | None, option("threads", "--threads")]
 NoEdit = Annotated[bool, typer.Option("--no-edit", help="plain training: no reviews, no resizing")]
 TensorBoard = Annotated[
     str | None,
@@ -115,26 +114,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no table, 
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
+@settings_options(*all_settings())
 def command(
-    model: Model = None, data: Data = None, macs: Macs = None, params: Params = None, latency: Latency = None,
-    latency_ms: LatencyMs = None, price: Price = None, auto: Auto = False, policy: Policy = None, epochs: Epochs = None,
-    batch_size: BatchSize = None, lr: Rate = None, seed: Seed = None, width: Width = None, out: Out = None,
-    weights: Weights = None, new_head: NewHead = False, normalize: Normalize = None, resume: Resume = None,
-    save_every: SaveEvery = None, keep: Keep = None, rescue: Rescue = None, config: Config = None,
-    device: Device = None, threads: Threads = None, no_edit: NoEdit = False, tensorboard: TensorBoard = None,
-    mlflow: Mlflow = None, as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False,
+    macs: Macs = None, params: Params = None, latency: Latency = None, latency_ms: LatencyMs = None,
+    price: Price = None, auto: Auto = False, policy: Policy = None, no_edit: NoEdit = False, pairs: Pairs = None,
+    resume: Resume = None, config: Config = None, tensorboard: TensorBoard = None, mlflow: Mlflow = None,
+    as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False, **options: Any,
 ) -> None:  # fmt: skip
     """Train a network, and come out with the right number of filters in every layer."""
     bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
-    options = {
-        "model": model, "data": data, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
-        "width": width, "out": out, "device": device, "threads": threads, "weights": weights, "normalize": normalize,
-        "new_head": new_head or None, "save_every": save_every, "keep": keep, "rescue": rescue,
-    }  # fmt: skip
     with door(debug=debug):
-        given = {name: value for name, value in options.items() if value is not None}
-        given |= from_options(bounds, price=price, auto=auto, edit=not no_edit, named=policy)
-        settings = settings_from(given, config=config)
+        aim = from_options(bounds, price=price, auto=auto, edit=not no_edit, named=policy)
+        settings = settings_from(merged(given(options, pairs or ()), aim), config=config)
         if resume is None and settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
         resume = resume or left_by_a_restart(settings.out)
@@ -175,6 +166,13 @@ def _run(
 
 
 def default_folder(settings: Settings) -> Path:
-    """runs/MODEL-DATA-SEED, in characters that every file system takes."""
+    """runs/MODEL-DATA-SEED, or the next free name behind it; one that was broken off is refused later, with the way on."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # they must agree, and one may have begun to write
     name = f"{settings.model}-{settings.data}-{settings.seed}"
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    return free_folder(name, wanted=(lambda _: True) if several else broken_off)
+
+
+def broken_off(out: Path) -> bool:
+    """Whether the folder holds a training that was saved and is not finished."""
+    found = unfinished_at(out)
+    return found is not None and not found.finished

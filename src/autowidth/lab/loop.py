@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -42,7 +41,6 @@ from autowidth.lab.lock import locked
 from autowidth.lab.loop_parts import (
     PROBED,
     cpu_threads,
-    decayed_and_not,
     evaluated_at_once,
     fitted_convolutions,
     one_cycle,
@@ -50,6 +48,7 @@ from autowidth.lab.loop_parts import (
     seed_everything,
     threads_of,
 )
+from autowidth.lab.optimizers import optimizer_of
 from autowidth.lab.prepare import build_network, built, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
 from autowidth.lab.resuming import ResumeError, Unfinished, check_anew, unfinished_at
@@ -182,9 +181,7 @@ class _Run:
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.loss_fn = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
         self.total_steps = settings.epochs * len(self.batches)
-        self.optimizer = SGD(
-            decayed_and_not(network, settings.weight_decay), settings.lr, settings.momentum, nesterov=True
-        )
+        self.optimizer = optimizer_of(network, settings)
         self.schedule = LambdaLR(self.optimizer, self._rate)
         self.paced = self._paced(policy) if settings.compile else None
         self.loss_of = self.paced or self._loss_of

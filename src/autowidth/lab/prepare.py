@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,12 +35,12 @@ class FolderError(AutoWidthError, ValueError):
 
 
 def load_images(settings: Settings) -> ImageSet:
-    """The image set that the settings name, scaled as they say. Raises as `autowidth.lab.data.load` does."""
+    """The image set that the settings name, scaled and varied as they say. Raises as `autowidth.lab.data.load` does."""
     images = load(
         settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=settings.size,
         skip_corrupt=settings.skip_corrupt, stream_above=settings.stream_above, workers=settings.workers,
     )  # fmt: skip
-    return scaled_by(images, settings.normalize)
+    return scaled_by(images.augmented(settings.augment), settings.normalize)
 
 
 def build_network(settings: Settings, images: ImageSet) -> nn.Module:
@@ -112,6 +115,21 @@ def find_device(text: str) -> torch.device:
         found = f"{count} CUDA device{'' if count == 1 else 's'}"
         raise DeviceError(f"device {text!r} is not there: torch {torch.__version__} sees {found}; use cpu or auto")
     return device
+
+
+RUNS = Path("runs")
+"""Where runs are written that name no folder."""
+
+
+def free_folder(name: str, *, wanted: Callable[[Path], bool] = lambda _: False) -> Path:
+    """A folder for a run of this name, in characters that every file system takes; where there is one, the next free.
+
+    runs/NAME, runs/NAME-2, runs/NAME-3 and so on: a run that names no folder replaces no other. One of them that is
+    `wanted` is taken although it is there.
+    """
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    names = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
+    return next(RUNS / free for free in names if not (RUNS / free).exists() or wanted(RUNS / free))
 
 
 def check_folder(out: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic_settings as sources
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from autowidth.errors import AutoWidthError
-from autowidth.lab.data import STREAM_ABOVE
+from autowidth.lab.data import STREAM_ABOVE, Level
+from autowidth.lab.fine_tuning import completed
 from autowidth.lab.policies import PolicySettings, field_names, left_by
 from autowidth.lab.scaling import AnyScaling
 from autowidth.policy import POLICIES
@@ -60,14 +61,21 @@ class Settings(PolicySettings):
     effort: Effort | None = Field(
         None, description="how much a review looks at; what is not given: what takes a twenty-fifth of the run"
     )
-    epochs: int = Field(120, ge=1, le=1_000_000, description="passes over the training images")
+    epochs: int = Field(
+        120, ge=1, le=1_000_000, description="passes over the training images; 20 from given weights"
+    )
     batch_size: int = Field(64, ge=1, description="images per optimizer step")
-    lr: float = Field(0.1, gt=0, description="peak of the learning rate")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov momentum, or adamw")
+    lr: float = Field(
+        0.1, gt=0, description="peak of the learning rate; 0.001 for adamw; a fifth and a tenth from given weights"
+    )
     schedule: Literal["one-cycle", "cosine"] = Field(
-        "one-cycle", description="one-cycle: the learning rate rises, then falls; cosine: it falls from the start"
+        "one-cycle",
+        description="one-cycle: the learning rate rises, then falls; cosine: it falls from the start, which is what "
+        "given weights get",
     )
     cycles: int = Field(1, ge=1, description="equal parts of the run, each with a learning rate cycle of its own")
-    momentum: float = Field(0.9, gt=0, lt=1, description="Nesterov momentum of SGD")
+    momentum: float = Field(0.9, gt=0, lt=1, description="momentum of sgd; of adamw the first beta")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay, not applied to norms and biases")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of a one-cycle in which the learning rate rises")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the training loss")
@@ -101,7 +109,17 @@ class Settings(PolicySettings):
     )
     limit: int | None = Field(None, ge=1, description="keep this many training images")
     pool: int = Field(1, ge=1, description="average this many pixels by as many into one")
-    size: int | None = Field(None, ge=1, description="side to which images of a folder or of the hub are resized")
+    size: int | None = Field(
+        None,
+        ge=1,
+        description="side of the square to which images of a folder or of the hub are resized; not given: images of "
+        "a folder stay as they are, or, where they differ or are large, get a side that is told",
+    )
+    augment: Level | None = Field(
+        None,
+        description="how training images are varied: none, light (moved by up to an eighth of a side), standard (half "
+        "of them flipped as well, left to right); not given: as the data need it, standard for a folder",
+    )
     skip_corrupt: bool = Field(False, description="leave out images that cannot be read, instead of refusing the data")
     stream_above: float = Field(
         STREAM_ABOVE, ge=0, description="MiB of decoded images above which a set is streamed from disk, not kept"
@@ -109,7 +127,7 @@ class Settings(PolicySettings):
     workers: int | None = Field(
         None, ge=0, le=1024, description="processes that decode streamed images; not given: one per core, at most 8"
     )
-    out: Path | None = Field(None, description="folder that the run is written to; None writes nothing")
+    out: Path | None = Field(None, description="folder that the run is written to")
     rank_timeout: float = Field(
         600.0, gt=0, description="seconds that a process of several waits for the others before it gives up"
     )
@@ -135,6 +153,16 @@ class Settings(PolicySettings):
         if isinstance(value, str) and "\0" in value:
             raise ValueError("holds the character of number 0, which no name has")
         return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _completed(cls, table: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:
+        """With what is not given where weights are, or another optimizer; that counts as not set."""
+        if not isinstance(table, dict):
+            return handler(table)
+        found = handler(completed(table))
+        found.model_fields_set.intersection_update(table)
+        return found
 
 
 Table: TypeAlias = Mapping[str, Any]

@@ -5,11 +5,12 @@ reads batches sees no difference. Letters in shapes: N images, C channels, H row
 full scale, 0 to 1, as float32, or its 255-fold as uint8. Nothing is cached on disk.
 
 Imports point to the left: errors < pixels < augment, decoding < streaming < splits < batches < sets; splits < sources <
-tables < readers (one file per kind of set); sets, sources < assembling; all of them < loading. A new kind of set is one
+tables < readers (one file per kind of set); decoding < extents; sets, sources, extents < assembling; all of them <
+loading. A new kind of set is one
 function under `@reader` in `readers`.
 """
 
-from autowidth.lab.data.augment import Augmentation, Draws
+from autowidth.lab.data.augment import Augmentation, Draws, Level
 from autowidth.lab.data.batches import Batches
 from autowidth.lab.data.errors import CorruptImageError, DataError, UnknownDataError
 from autowidth.lab.data.loading import FORMS, STREAM_ABOVE, cifar10, digits, folder, load
@@ -31,6 +32,7 @@ __all__ = [
     "Draws",
     "Edge",
     "ImageSet",
+    "Level",
     "Part",
     "Pictures",
     "Split",

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autowidth.lab.data.augment import Augmentation
-from autowidth.lab.data.decoding import MOST_PIXELS, Encoded, UnreadableError, decode, extent_of, stacked
+from autowidth.lab.data.augment import augmentation_of
+from autowidth.lab.data.decoding import MOST_PIXELS, Encoded, Side, UnreadableError, decode, extent_of, stacked
 from autowidth.lab.data.errors import CorruptImageError, DataError
+from autowidth.lab.data.extents import chosen_side
 from autowidth.lab.data.pixels import channel_statistics, mean_and_std, pooled, unit
 from autowidth.lab.data.sets import ImageSet
 from autowidth.lab.data.sources import Source
@@ -32,7 +33,7 @@ class Options:
     holdout: float
     limit: int | None
     pool: int
-    size: int | None
+    size: Side
     split_seed: int
     skip_corrupt: bool
     stream_above: float
@@ -41,9 +42,9 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise DataError(f"the held-out share is {self.holdout}, allowed are 0 (none) to below 1")
-        if self.size is not None and self.size < 1:
+        if self.size is not None and np.min(self.size) < 1:
             raise DataError(f"images cannot be resized to {self.size} pixels, allowed are 1 and more")
-        if self.size is not None and self.size**2 > MOST_PIXELS:
+        if self.size is not None and np.max(self.size) ** 2 > MOST_PIXELS:
             most = math.isqrt(MOST_PIXELS)
             raise DataError(f"images cannot be resized to {self.size} pixels, allowed are at most {most}")
         if self.pool < 1:
@@ -59,8 +60,10 @@ _TEST_SHARE = 0.2
 
 def assembled(source: Source, options: Options) -> ImageSet:
     """Splits, decodes or surveys, pools, measures."""
-    side = options.size or source.size
     parts = _parts(source, options)
+    encoded = [raw for raw in parts.values() if isinstance(raw, Encoded)]
+    chosen, resized = chosen_side(encoded) if source.any_size and options.size is None else (None, "")
+    side = options.size or chosen
     read = _surveyed if _too_large(parts.values(), side, options) else _decoded
     found = {part: read(raw, side, options) for part, raw in parts.items()}
     shapes = {part: tuple(it.split.images.shape[1:]) for part, it in found.items()}
@@ -80,9 +83,9 @@ def assembled(source: Source, options: Options) -> ImageSet:
         test=found["test"].split,
         mean=mean,
         std=std,
-        # An eighth of the side is the usual crop of CIFAR (4 of 32), kept in proportion for other sizes.
-        augmentation=source.augmentation or Augmentation(padding=min(height, width) // 8, flip=True),
+        augmentation=source.augmentation or augmentation_of("standard", height, width),
         skipped=tuple(where for where, _ in skipped),
+        resized=resized,
     )
 
 
@@ -111,7 +114,7 @@ class _Found:
     skipped: Sequence[tuple[str, str]] = ()
 
 
-def _decoded(raw: Split | Encoded, side: int | None, options: Options) -> _Found:
+def _decoded(raw: Split | Encoded, side: Side, options: Options) -> _Found:
     """The split in memory. Raises CorruptImageError where nothing may be left out."""
     if isinstance(raw, Split):
         assert isinstance(raw.images, Tensor), "no reader makes pictures"
@@ -143,7 +146,7 @@ def _left_out(where: str, reason: str, options: Options) -> tuple[str, str]:
     return where, reason
 
 
-def _too_large(parts: Iterable[Split | Encoded], side: int | None, options: Options) -> bool:
+def _too_large(parts: Iterable[Split | Encoded], side: Side, options: Options) -> bool:
     """Whether the decoded images of all parts together would take more than the options allow."""
     encoded = [raw for raw in parts if isinstance(raw, Encoded)]
     extent = extent_of(encoded[0], side) if encoded else None
@@ -153,7 +156,7 @@ def _too_large(parts: Iterable[Split | Encoded], side: int | None, options: Opti
     return each * sum(map(len, encoded)) > options.stream_above * 2**20
 
 
-def _surveyed(raw: Split | Encoded, side: int | None, options: Options) -> _Found:
+def _surveyed(raw: Split | Encoded, side: Side, options: Options) -> _Found:
     """The split, still encoded, after every image has been decoded once. Raises CorruptImageError as `_decoded` does.
 
     A damaged file is thereby named before training starts, and the length of an epoch is known.

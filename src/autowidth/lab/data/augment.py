@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from autowidth.lab.data.errors import DataError
 from autowidth.lab.data.pixels import Edge, crop, flip
+
+Level: TypeAlias = Literal["none", "light", "standard"]
+"""How much training images are varied: not at all, moved, or moved and half of them flipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,11 @@ class Augmentation:
         if self.edge not in ("reflect", "zero"):
             raise DataError(f"the edge of a crop is {self.edge!r}, allowed are 'reflect' and 'zero'")
 
+    def __str__(self) -> str:
+        """What is done to training images, for people."""
+        moved = f"moved by up to {self.padding} pixel{'s' * (self.padding != 1)}" if self.padding else ""
+        return " and ".join(filter(None, (moved, "flipped at random" * self.flip))) or "as they are"
+
     def check(self, height: int, width: int) -> None:
         """Raises DataError where an image of this extent is too small to be mirrored that far."""
         if self.edge == "reflect" and self.padding >= min(height, width):
@@ -65,3 +74,13 @@ class Augmentation:
         if self.padding:
             images = crop(images, draws.down, draws.right, edge=self.edge)
         return flip(images, draws.flip) if self.flip else images
+
+
+def augmentation_of(level: Level, height: int, width: int, edge: Edge = "reflect") -> Augmentation:
+    """The augmentation of this level for images of an extent.
+
+    An eighth of the shorter side is the usual crop of CIFAR (4 of 32), kept in proportion for other sizes.
+    """
+    if level == "none":
+        return Augmentation(edge=edge)
+    return Augmentation(padding=min(height, width) // 8, edge=edge, flip=level == "standard")

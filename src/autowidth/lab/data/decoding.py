@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ FILE_LIMIT = 1 << 28
 
 HELD = 2 << 30
 """Bytes of decoded images that one process holds for one batch."""
+
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+"""The EXIF tag that says how a picture is turned, and its values where height and width change places."""
 
 
 class UnreadableError(ValueError):
@@ -79,20 +82,31 @@ class Encoded:
         return Encoded(images=images, labels=self.labels[index], where=where)
 
 
-def decode(data: bytes | Path | None, side: int | None, extent: Sequence[int] | None = None) -> np.ndarray:
-    """The image as RGB, (H, W, 3) in uint8; upright, cut to a square and resized where a side is given.
+Side: TypeAlias = "int | tuple[int, int] | None"
+"""What images are cut and resized to: a square of this side, a rectangle (H, W), or nothing, which leaves them."""
+
+
+def decode(data: bytes | Path | None, side: Side, extent: Sequence[int] | None = None) -> np.ndarray:
+    """The image as RGB, (H, W, 3) in uint8, upright; cut and resized where a side is given.
 
     Raises UnreadableError for what is no image in one of `FORMATS`, or half of one, for one of more than `MOST_PIXELS`,
     before it is decoded, and for an image of another extent (H, W) where one is expected.
     """
+    with _image(data) as image:
+        _check_extent(_upright(image), None if side else extent)
+        return _rgb(image, side)
+
+
+@contextmanager
+def _image(data: bytes | Path | None) -> Iterator[PillowImage]:
+    """The image, of which only the header has been read. Raises UnreadableError, also for what is done with it."""
     from PIL import Image, UnidentifiedImageError
 
     if data is None:
         raise UnreadableError("there are no bytes")
     try:
         with _opened(data) as file, _quiet(), Image.open(file, formats=FORMATS) as image:
-            _check_extent(image.size, None if side else extent)
-            return _rgb(image, side)
+            yield image
     except (UnreadableError, ReadError) as error:
         raise UnreadableError(str(error)) from error
     except UnidentifiedImageError as error:
@@ -104,8 +118,8 @@ def decode(data: bytes | Path | None, side: int | None, extent: Sequence[int] | 
 
 
 def _check_extent(size: tuple[int, int], extent: Sequence[int] | None) -> None:
-    """Raises UnreadableError for an image (width, height) with too many pixels, or of another extent (H, W)."""
-    width, height = size
+    """Raises UnreadableError for an image (H, W) with too many pixels, or of another extent."""
+    height, width = size
     if width * height > MOST_PIXELS:
         raise UnreadableError(
             f"it has {width:,} x {height:,} pixels, allowed are {MOST_PIXELS / 1e6:,.0f} million: make it smaller"
@@ -130,14 +144,27 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _rgb(image: PillowImage, side: int | None) -> np.ndarray:
-    """The pixels (H, W, 3), of the whole image as it lies in the file, or of an upright square."""
+def _rgb(image: PillowImage, side: Side) -> np.ndarray:
+    """The pixels (H, W, 3) of the upright image, whole, or cut around its middle and resized."""
     from PIL import Image, ImageOps
 
-    if side is None:
-        return np.asarray(image.convert("RGB"))
     upright = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR))
+    if side is None:
+        return np.asarray(upright)
+    height, width = (side, side) if isinstance(side, int) else side
+    return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR))
+
+
+def upright_extent(data: bytes | Path | None) -> tuple[int, int]:
+    """(H, W) of the upright image, read from its header. Raises UnreadableError as `decode` does."""
+    with _image(data) as image:
+        return _upright(image)
+
+
+def _upright(image: PillowImage) -> tuple[int, int]:
+    """(H, W) of the image once it stands upright."""
+    turned = image.getexif().get(_ORIENTATION, 1) in _LYING
+    return image.size if turned else (image.height, image.width)
 
 
 def _foreign(data: bytes | Path) -> str | None:
@@ -161,10 +188,10 @@ def stacked(pixels: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
-def extent_of(raw: Encoded, side: int | None) -> tuple[int, int] | None:
+def extent_of(raw: Encoded, side: Side) -> tuple[int, int] | None:
     """(H, W) of the first image that can be read, None where none can."""
     if side is not None:
-        return side, side
+        return (side, side) if isinstance(side, int) else side
     for data in raw.images:
         try:
             height, width = decode(data, None).shape[:2]

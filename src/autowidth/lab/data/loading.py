@@ -8,6 +8,7 @@ from pathlib import Path
 
 from autowidth.lab.data import readers  # noqa: F401  they enter themselves
 from autowidth.lab.data.assembling import Options, assembled
+from autowidth.lab.data.decoding import Side
 from autowidth.lab.data.errors import DataError, UnknownDataError
 from autowidth.lab.data.sets import ImageSet
 from autowidth.lab.data.sources import READERS, forms
@@ -25,7 +26,7 @@ def load(
     holdout: float = 0.0,
     limit: int | None = None,
     pool: int = 1,
-    size: int | None = None,
+    size: Side = None,
     split_seed: int = 0,
     skip_corrupt: bool = False,
     stream_above: float = STREAM_ABOVE,
@@ -35,7 +36,9 @@ def load(
 
     `limit` keeps the first training images of a fixed permutation, so that a smaller limit is part of a larger one;
     `holdout` is the share of each class of those that is set apart for choices. `pool` averages that many pixels by as
-    many into one. `size` is the side to which images of a folder (32 if not given) or of the hub are resized.
+    many into one. `size` is the side of the square, or the (H, W), to which images of a folder or of the hub are cut
+    and resized; if it is not given, those of a folder stay as they are where they have one size of at most 512 pixels,
+    and otherwise become squares, which `resized` tells.
     All splits depend on `split_seed` alone. A file or row without a readable image is refused, or with `skip_corrupt`
     left out, logged, and named in `skipped`.
 
@@ -99,14 +102,14 @@ def cifar10(
 def folder(
     path: str | Path,
     *,
-    size: int = 32,
+    size: int | None = None,
     holdout: float = 0.0,
     limit: int | None = None,
     pool: int = 1,
     split_seed: int = 0,
     skip_corrupt: bool = False,
 ) -> ImageSet:
-    """A folder with one sub-folder of images per class, each cut to a square and resized to size x size, 3 channels.
+    """A folder with one sub-folder of images per class, 3 channels; `size` as for `load`.
 
     With sub-folders train and test (or val) that hold the classes, these are the splits; otherwise a fifth of each
     class is the test. Hidden files are passed over, every other file must be an image.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autowidth.lab.data.augment import Augmentation
+from autowidth.lab.data.augment import Augmentation, Level, augmentation_of
 from autowidth.lab.data.batches import Batches
 from autowidth.lab.data.errors import DataError
 from autowidth.lab.data.splits import Part, Split
@@ -21,7 +21,8 @@ class ImageSet:
     """A classification task: its splits, its class names, and how its images are scaled and augmented.
 
     `mean` and `std` are per channel, of the pixels (0 to 1) of the training split. `skipped` names the files or rows
-    that held no readable image and were left out on request. `str` tells splits and class counts in a line.
+    that held no readable image and were left out on request, `resized` says why images were brought to another size.
+    `str` tells splits, size, augmentation and class counts in a line.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ImageSet:
     std: tuple[float, ...]
     augmentation: Augmentation
     skipped: tuple[str, ...] = ()
+    resized: str = ""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -53,6 +55,8 @@ class ImageSet:
         parts = [f"{self.name}: {', '.join(most)} and {last} images of {' x '.join(map(str, self.image_shape))}"]
         if isinstance(self.train.images, Pictures):
             parts.append(f"streamed by {self.train.images.workers} workers")
+        parts += [self.resized] if self.resized else []
+        parts.append(f"training images {self.augmentation}")
         parts.append(_counted(self.class_counts))
         if self.skipped:
             parts.append(f"{len(self.skipped)} unreadable left out, the first is {self.skipped[0]}")
@@ -73,6 +77,13 @@ class ImageSet:
         """The same set with all splits on this device."""
         held_out = None if self.held_out is None else self.held_out.to(device)
         return replace(self, train=self.train.to(device), held_out=held_out, test=self.test.to(device))
+
+    def augmented(self, level: Level | None) -> ImageSet:
+        """The same set with its training images varied this much; None leaves it as it is."""
+        if level is None:
+            return self
+        _, height, width = self.image_shape
+        return replace(self, augmentation=augmentation_of(level, height, width, self.augmentation.edge))
 
     def training_batches(self, batch_size: int, *, seed: int, drop_last: bool = True) -> Batches:
         """The training split in shuffled and augmented batches."""

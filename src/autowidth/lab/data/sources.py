@@ -16,7 +16,7 @@ from autowidth.lab.data.splits import Split
 class Source:
     """What a reader found; without a test split a fifth of each class becomes one.
 
-    `size` is the side to which its images are resized unless another is asked for; None keeps them as they are.
+    `any_size` says that its images may be of any size, so that one is chosen unless it is asked for.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Source:
     train: Split | Encoded
     test: Split | Encoded | None
     augmentation: Augmentation | None = None
-    size: int | None = None
+    any_size: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

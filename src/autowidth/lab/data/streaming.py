@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autowidth.lab.data.decoding import HELD, Picked, UnreadableError, decode, stacked
+from autowidth.lab.data.decoding import HELD, Picked, Side, UnreadableError, decode, stacked
 from autowidth.lab.data.errors import CorruptImageError, DataError
 from autowidth.lab.data.pixels import pooled
 
@@ -23,13 +23,13 @@ class Pictures:
     """Images that stay encoded until a batch of them is wanted: (N, C, H, W) in uint8, once decoded.
 
     `encoded` holds image files as bytes or paths, and `where` says where each of them is, for people. They are resized
-    to squares of `side` where one is given, their extent is then (H, W) as `extent` says, and `pool` makes it smaller.
+    to `side` where one is given, their extent is then (H, W) as `extent` says, and `pool` makes it smaller.
     `workers` processes decode them, 0 for none but this one; batches are for `device`.
     """
 
     encoded: Sequence[bytes | Path | None]
     where: Sequence[str]
-    side: int | None
+    side: Side
     extent: tuple[int, int]
     pool: int
     workers: int
@@ -106,9 +106,7 @@ class Survey(Dataset[tuple[list[str | None], np.ndarray]]):
     The pixels are counted by channel and value after pooling, (C, 256) in int64.
     """
 
-    def __init__(
-        self, encoded: Sequence[bytes | Path | None], side: int | None, extent: tuple[int, int], pool: int
-    ) -> None:
+    def __init__(self, encoded: Sequence[bytes | Path | None], side: Side, extent: tuple[int, int], pool: int) -> None:
         self.encoded, self.side, self.extent, self.pool = encoded, side, extent, pool
 
     def __getitem__(self, positions: Sequence[int]) -> tuple[list[str | None], np.ndarray]:

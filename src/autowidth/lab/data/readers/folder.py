@@ -19,12 +19,13 @@ def read_folder(text: str) -> Source:
     tests = [place / name for name in ("test", "val") if (place / name).is_dir()]
     if not (place / "train").is_dir() or not tests:
         classes = _class_folders(place)
-        return Source(name=place.name, classes=classes, train=_class_files(place, classes), test=None, size=32)
+        found = _class_files(place, classes)
+        return Source(name=place.name, classes=classes, train=found, test=None, any_size=True)
     classes = _class_folders(place / "train")
     if unknown := set(_class_folders(tests[0])) - set(classes):
         raise DataError(f"{tests[0]} holds the class {min(unknown)!r}, which {place / 'train'} does not have")
     train, test = _class_files(place / "train", classes), _class_files(tests[0], classes)
-    return Source(name=place.name, classes=classes, train=train, test=test, size=32)
+    return Source(name=place.name, classes=classes, train=train, test=test, any_size=True)
 
 
 def _class_folders(place: Path) -> tuple[str, ...]:

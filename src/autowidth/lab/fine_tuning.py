@@ -1,0 +1,37 @@
+"""What a run from given weights does unless told otherwise: a small rate that only falls, few epochs, early reviews."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+EPOCHS = 20
+"""Passes over the training images from given weights."""
+
+RATES: Mapping[str, tuple[float, float]] = {"sgd": (0.1, 0.02), "adamw": (0.001, 0.0001)}
+"""Peak learning rates by optimizer: from fresh weights, and from given ones."""
+
+SCHEDULE: Mapping[str, Any] = {"count": 4, "begin": 0.0, "end": 0.12}
+"""When reviews take place from given weights: a trained network knows its filters from the start, and whatever is
+removed early has the rest of the run to be made up for (docs/log/013)."""
+
+LIMITS: Mapping[str, Any] = {"offer": 0.0}
+"""What reviews may do from given weights: nothing is inserted, since few epochs teach a newborn little."""
+
+
+def completed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of settings with what depends on others of them, where it is not given: rate, schedule, policy."""
+    fresh, given = RATES.get(str(table.get("optimizer", "sgd")), RATES["sgd"])
+    if table.get("weights") is None:
+        return {"lr": fresh, **table}
+    policy = table.get("policy", {})
+    return {"lr": given, "epochs": EPOCHS, "schedule": "cosine", **table, "policy": _early(policy)}
+
+
+def _early(policy: Any) -> Any:
+    """The table of a policy with the schedule and limits of fine-tuning where it says nothing of them."""
+    if not isinstance(policy, Mapping) or policy.get("name") == "never":
+        return policy
+    limits = policy.get("limits", {})
+    merged = {**LIMITS, **limits} if isinstance(limits, Mapping) else limits
+    return {**policy, "schedule": policy.get("schedule", dict(SCHEDULE)), "limits": merged}
