@@ -42,6 +42,12 @@ its ablations, controls, published methods, Torch-Pruning and GroMo,
 after the same number of epochs; a minute or two, about two minutes a
 run on one core, and a GPU.
 
+published: published CIFAR ResNets made smaller, without training and
+fine-tuned, by ours, published measures, Torch-Pruning, neuron merging;
+a minute or two a unit without training. On a GPU, or in parts:
+  autowidth bench published --data cifar10:cifar --weights pretrained \\
+    --tables no-training --models resnet20 --budgets 0.7,0.5 --device cuda
+
 A unit (one network, one seed, one method) is one JSON file. A suite that was broken
 off, at any point, goes on with the same command.
 """
@@ -51,12 +57,18 @@ Submit = Annotated[
     Where | None, typer.Option(help="hand units to slurm, or to local jobs, by submitit (extra `submit`)")
 ]
 SubmitWith = Annotated[str | None, typer.Option(help="options of the jobs, as in timeout_min=600,slurm_partition=gpu")]
+Weights = Annotated[str | None, typer.Option(help="of published: the folder with resnet20.safetensors and its like")]
+Tables = Annotated[str | None, typer.Option(help="of published: no-training, fine-tuned; default both")]
+Limit = Annotated[int | None, typer.Option(min=1, help="of published: keep this many training images")]
+Device = Annotated[str | None, typer.Option(help="of published: cpu, cuda or cuda:N; default cpu")]
 
 
 def command(
     suite: Annotated[str, typer.Argument(help=f"what to measure: {', '.join(suites.SUITES)}")],
     out: Annotated[Path, typer.Option(help="folder of the results; what is there is not run again")] = Path("results"),
     data: Annotated[str | None, typer.Option(help="digits or cifar10:PATH; default digits")] = None,
+    weights: Weights = None,
+    tables: Tables = None,
     models: Annotated[
         str | None, typer.Option(help="networks, as in resnet20,vgg8; default: what the suite has for these data")
     ] = None,
@@ -74,6 +86,8 @@ def command(
     choose: Annotated[
         bool, typer.Option("--choose", help="of a comparison: measure on held-out training images, not on the test")
     ] = False,
+    limit: Limit = None,
+    device: Device = None,
     processes: Annotated[int, typer.Option(help="units at a time, one CPU thread each")] = 2,
     submit: Submit = None,
     submit_with: SubmitWith = None,
@@ -84,6 +98,7 @@ def command(
         asked = {
             "data": data, "models": _words(models), "epochs": epochs, "methods": _words(methods),
             "budgets": read_shares("budgets", budgets), "starts": read_shares("starts", starts), "choose": choose,
+            "weights": weights, "tables": _words(tables), "limit": limit, "device": device,
         }  # fmt: skip
         given = {name: value for name, value in asked.items() if value}
         wanted = suites.find_suite(suite, seeds=read_seeds(seeds), **given)

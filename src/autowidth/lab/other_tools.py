@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +27,9 @@ from autowidth.trace import trace
 
 STEPS = 400
 """Steps in which Torch-Pruning walks to the target when it ranks the whole network; fine enough to end near it."""
+
+SQUARED = 256
+"""Images whose gradients are squared one by one for Torch-Pruning's Hessian measure."""
 
 NARROWEST = 0.9
 """The largest share of a layer's filters that may go when the whole network is ranked."""
@@ -56,36 +60,59 @@ def torch_pruned(
     scope: Literal["layer", "network"],
     macs: float,
     seed: int,
+    only: Sequence[str] | None = None,
 ) -> nn.Module:
     """The network, pruned by Torch-Pruning to the share `macs` of its MACs; the one that is passed stays as it is.
 
-    importance: `magnitude` (its group magnitude, L2), `taylor` (first order, gradients summed over two probe batches)
-    or `bn-scale`. scope: `layer` prunes every layer by the same share, the smallest that meets the target; `network`
-    by its global ranking with the default normalisation. The last linear layer keeps its outputs.
+    importance: `magnitude` (its group magnitude, L2), `bn-scale`, `taylor` (first order, gradients summed over two
+    probe batches) or `hessian` (squared gradients of `SQUARED` images one by one). scope: `layer` prunes every layer by
+    the same share, the smallest that meets the target; `network` by its global ranking with the default normalisation.
+    The last linear layer keeps its outputs; with `only`, names of layers, all others do.
 
     Raises MissingToolError where the tool is not installed.
     """
-    tp = _torch_pruning()
-    example = torch.zeros(2, *images.image_shape, device=images.train.images.device)
-    target = macs * count_macs(network, example)
+    tp, device = _torch_pruning(), images.train.labels.device
+    tool = _TorchPruning(
+        tp=tp, network=network, example=torch.zeros(2, *images.image_shape, device=device), importance=importance,
+        scope=scope, gradients=_gradients(network, images, seed, squared=importance == "hessian"),
+        fixed=_fixed_layers(network, only),
+    )  # fmt: skip
+    target = macs * count_macs(network, tool.example)
+    if scope == "network":
+        return tool.pruned(NARROWEST + 0.05, STEPS, target)
+    met = bisect.bisect_left(range(99), True, key=lambda n: tool.macs(tool.pruned(n / 100, 1, target)) <= target)
+    return tool.pruned(met / 100, 1, target)
 
-    def pruned(ratio: float, steps: int) -> nn.Module:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TorchPruning:
+    """The tool with a network, the gradients that its measures read, and the layers that keep their outputs."""
+
+    tp: Any
+    network: nn.Module
+    example: Tensor
+    importance: str
+    scope: Literal["layer", "network"]
+    gradients: Mapping[str, Tensor]
+    fixed: Sequence[str]
+
+    def pruned(self, ratio: float, steps: int, target: float) -> nn.Module:
         """A copy, pruned by this ratio in equal steps, up to the first that meets the target."""
-        candidate = copy.deepcopy(network).eval()
-        _put_gradients(candidate, images, seed)
-        last = [module for module in candidate.modules() if isinstance(module, nn.Linear)][-1]
-        pruner = tp.pruner.BasePruner(
-            candidate, example, importance=_importance(tp, importance), global_pruning=scope == "network",
-            pruning_ratio=ratio, max_pruning_ratio=NARROWEST if scope == "network" else 1.0, iterative_steps=steps,
-            ignored_layers=[last],
+        candidate = copy.deepcopy(self.network).eval()
+        for name, parameter in candidate.named_parameters():
+            parameter.grad = self.gradients[name].clone()
+        pruner = self.tp.pruner.BasePruner(
+            candidate, self.example, importance=_importance(self.tp, self.importance),
+            global_pruning=self.scope == "network", pruning_ratio=ratio,
+            max_pruning_ratio=NARROWEST if self.scope == "network" else 1.0, iterative_steps=steps,
+            ignored_layers=[candidate.get_submodule(name) for name in self.fixed],
         )  # fmt: skip
-        _walk(pruner, candidate, example, steps, target)
+        _walk(pruner, candidate, self.example, steps, target)
         return candidate
 
-    if scope == "network":
-        return pruned(NARROWEST + 0.05, STEPS)
-    ratios = (number / 100 for number in range(100))
-    return next(c for ratio in ratios if count_macs(c := pruned(ratio, 1), example) <= target)
+    def macs(self, candidate: nn.Module) -> int:
+        """What a copy costs."""
+        return count_macs(candidate, self.example)
 
 
 def _torch_pruning() -> Any:
@@ -101,7 +128,16 @@ def _importance(tp: Any, name: str) -> Any:
     """The tool's own importance measure of this name."""
     if name == "magnitude":
         return tp.importance.GroupMagnitudeImportance(p=2)
-    return {"taylor": tp.importance.GroupTaylorImportance, "bn-scale": tp.importance.BNScaleImportance}[name]()
+    kinds = {"taylor": "GroupTaylorImportance", "hessian": "GroupHessianImportance", "bn-scale": "BNScaleImportance"}
+    return getattr(tp.importance, kinds[name])()
+
+
+def _fixed_layers(network: nn.Module, only: Sequence[str] | None) -> list[str]:
+    """The layers that keep their outputs: the last linear one, or all but those that are named."""
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    if only is None:
+        return [name for name, module in layers.items() if isinstance(module, nn.Linear)][-1:]
+    return [name for name in layers if name not in only]
 
 
 def _walk(pruner: Any, candidate: nn.Module, example: Tensor, steps: int, target: float) -> None:
@@ -114,12 +150,27 @@ def _walk(pruner: Any, candidate: nn.Module, example: Tensor, steps: int, target
         parameter.grad = None
 
 
-def _put_gradients(network: nn.Module, images: ImageSet, seed: int) -> None:
-    """Leaves the gradients of two probe batches on the parameters, as its Taylor importance wants them."""
-    for number, (x, y) in enumerate(probe_batches(images, seed)):
-        F.cross_entropy(network(x), y).backward()
-        if number == 1:
-            return
+def _gradients(network: nn.Module, images: ImageSet, seed: int, *, squared: bool) -> dict[str, Tensor]:
+    """What its importance measures read, by parameter: gradients summed over two probe batches, as Taylor wants them.
+
+    With `squared` the mean squares of the gradients of single images, the diagonal of the Fisher matrix, as its Hessian
+    measure wants them. (Its own `accumulate_grad` keeps those of the last image only.)
+    """
+    scored = copy.deepcopy(network).eval()
+    named = dict(scored.named_parameters())
+    sums = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    batches = list(itertools.islice(iter(probe_batches(images, seed)), 2))
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    pieces = zip(x[:SQUARED].split(1), y[:SQUARED].split(1), strict=True) if squared else batches
+    count = 0
+    for piece, labels in pieces:
+        scored.zero_grad()
+        F.cross_entropy(scored(piece), labels).backward()
+        count += 1
+        for name, parameter in named.items():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad.square() if squared else parameter.grad
+    return {name: total / count if squared else total for name, total in sums.items()}
 
 
 # ---- GroMo -----------------------------------------------------------------------------------------------------------
