@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 from pathlib import Path
@@ -11,21 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 from autowidth import Auto, Budget, Effort, Limits, Never, count_macs, shrink_
 from autowidth.attach import AttachError, NothingToResizeError
+from autowidth.cli.shrink import _display as shrink_display
 from autowidth.lab.data import load
 from autowidth.lab.evaluating import evaluate_run
 from autowidth.lab.loop import cpu_threads, evaluate
 from autowidth.lab.models import build
+from autowidth.lab.saved import open_run
 from autowidth.lab.settings import settings_of
 from autowidth.lab.shrinking import HoldoutError, Shrunk, shrink
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
 from autowidth.review.state import corrected_norms, norm_shifts
 from autowidth.shrink import ShrinkError
-from test_cli import program
+from test_cli import called, program
 
 PUBLISHED = os.environ.get("AUTOWIDTH_PUBLISHED")
 DIGITS = load("digits", holdout=0.2)
@@ -256,6 +260,48 @@ def test_the_command_shrinks(trained: nn.Module, tmp_path: Path) -> None:
     ):
         refused = program("shrink", "resnet8", *options, *wrong, "--out", str(tmp_path / "other"))
         assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_run_is_enough(
+    trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = settings_of(table(tmp_path, trained, out=tmp_path / "first", normalize="0.3/0.4"))
+    shrink(settings, policy=Budget(macs=0.9), reviews=1)
+    options = ("--reviews", "1", "--json", "--device", "cpu", "--threads", "1", "--holdout", "0.2")
+    assert called("shrink", "first", "--macs", "0.9", *options, monkeypatch=monkeypatch) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert (result["out"], result["model"], result["data"]) == ("runs/first-shrunk", "resnet8", "digits")
+    assert result["params_start"] == evaluate_run(tmp_path / "first").params > result["params"]
+    assert open_run("runs/first-shrunk").scaling.mean == (0.3,)
+    for wrong, message in (
+        (["first", "--width", "0.5"], "which brings its own"),
+        (["."], "is a folder without run.json"),
+        (["resnet8", "--data", "digits"], "--weights is missing"),
+    ):
+        capfd.readouterr()
+        assert called("shrink", *wrong, monkeypatch=monkeypatch) == 2
+        refused = capfd.readouterr().err
+        assert message in refused and refused.count("\n") == 1
+
+
+def test_every_batch_that_a_review_looks_at_is_told(trained: nn.Module, tmp_path: Path) -> None:
+    told: list[int] = []
+    settings = settings_of(table(tmp_path, trained))
+    shrink(settings, policy=Budget(macs=0.9), reviews=1, pulse=lambda: told.append(1))
+    assert len(told) > 10
+
+
+def test_a_terminal_shows_a_bar_that_moves(trained: nn.Module, tmp_path: Path) -> None:
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
+    with shrink_display(console, 1) as display:
+        shrink(
+            settings_of(table(tmp_path, trained)), policy=Budget(macs=0.9), reviews=1, report=display.show,
+            pulse=display.pulse,
+        )  # fmt: skip
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "batches looked at" in text and "reviews" in text and "review 1: held-out accuracy" in text
+    assert "\x1b[?25h" in text  # the cursor is shown again
 
 
 @pytest.mark.slow

@@ -44,13 +44,15 @@ class Evaluation:
 def evaluate_run(path: Path, **changes: Any) -> Evaluation:
     """How good a saved run is on test images of the data that it was trained on, or that the changes name.
 
-    The run says what its images must be like; `changes` are settings by name, None for those of the run. Raises as
-    `open_run` and `load` do, DataError for images of another shape or with other classes.
+    The run says what its images must be like, and images of any size are brought to it; `changes` are settings by name,
+    None for those of the run. Raises as `open_run` and `load` do, DataError for images of another shape or with other
+    classes.
     """
     opened = open_run(path)
     given = {name: value for name, value in changes.items() if value is not None}
     settings = opened.settings.model_copy(update={**given, "normalize": opened.scaling})
-    images = load_images(settings)
+    _, height, width = opened.input_shape
+    images = load_images(settings, extent=(height * settings.pool, width * settings.pool))
     _check_same(opened, images)
     return _evaluated(f"run {path}", opened.network, images, settings)
 

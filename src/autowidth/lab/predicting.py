@@ -58,7 +58,7 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
 def predicted(opened: Opened, files: Sequence[Path], *, top: int = 1) -> Iterator[Prediction]:
     """What the run says of each picture, `top` classes of each. Raises CorruptImageError for a file that is no image.
 
-    A picture is made upright, cut to a square and resized, as those of a folder are in training.
+    A picture is made upright, cut around its middle and resized to what the run takes.
     """
     if top < 1:
         raise DataError(f"top {top}: give at least 1 class per picture")
@@ -81,7 +81,7 @@ def _pixels(opened: Opened, file: Path) -> Tensor:
     pool = opened.settings.pool
     whole = (height * pool, width * pool)
     try:
-        pixels = decode(file, whole[0] if height == width else None, whole)
+        pixels = decode(file, whole)
     except UnreadableError as error:
         raise CorruptImageError(f"{file}: {error}") from error
     image = pooled(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None], pool)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autowidth.checkpoint import HISTORY, MODEL, RUN
 from autowidth.errors import AutoWidthError
-from autowidth.lab.data import ImageSet, load
+from autowidth.lab.data import ImageSet, load, resizable
 from autowidth.lab.keeping import TRAINING
 from autowidth.lab.models import MODELS, UnknownModelError, resolve, spec
 from autowidth.lab.scaling import scaled_by
@@ -34,10 +34,15 @@ class FolderError(AutoWidthError, ValueError):
     """A folder that a run cannot be written to."""
 
 
-def load_images(settings: Settings) -> ImageSet:
-    """The image set that the settings name, scaled and varied as they say. Raises as `autowidth.lab.data.load` does."""
+def load_images(settings: Settings, *, extent: tuple[int, int] | None = None) -> ImageSet:
+    """The image set that the settings name, scaled and varied as they say.
+
+    `extent` (H, W) is what images of any size are resized to where the settings name no size. Raises as
+    `autowidth.lab.data.load` does.
+    """
+    size = settings.size or (extent if extent and resizable(settings.data) else None)
     images = load(
-        settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=settings.size,
+        settings.data, holdout=settings.holdout, limit=settings.limit, pool=settings.pool, size=size,
         skip_corrupt=settings.skip_corrupt, stream_above=settings.stream_above, workers=settings.workers,
     )  # fmt: skip
     return scaled_by(images.augmented(settings.augment), settings.normalize)

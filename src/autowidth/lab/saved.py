@@ -54,6 +54,33 @@ def save_run(path: str | os.PathLike[str], settings: Settings, images: ImageSet,
     )  # fmt: skip
 
 
+KEPT = ("model", "width", "data", "size", "pool", "augment", "skip_corrupt", "stream_above", "workers")
+"""Settings of a run that hold for whatever is made of it; all others are of its training."""
+
+
+def table_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings, as a table, of what starts from a run: its model, data, scaling, and its weights.
+
+    Raises CheckpointError where it is missing or damaged, SavedError where it does not say what it is of.
+    """
+    run = _described(path)
+    *_, scaling = _said(run)
+    settings = settings_of(run.extra["settings"])
+    kept = {name: getattr(settings, name) for name in KEPT}
+    return {**kept, "weights": run.folder, "normalize": scaling}
+
+
+def _described(path: str | os.PathLike[str]) -> Run:
+    """What the run in a folder says. Raises as `table_of` does."""
+    run = read_run(Path(path))
+    if missing := [name for name in ("settings", "classes", "input_shape", "normalization") if name not in run.extra]:
+        raise SavedError(
+            f"run {run.folder} does not say its {missing[0]}: it was saved by another program or an older version; "
+            "train it again, or load it in Python with autowidth.load_"
+        )
+    return run
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A run ready for use: its network in evaluation mode, and what its images must be like (C, H, W)."""
@@ -73,12 +100,7 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
     Raises CheckpointError where it is missing, damaged or of another network, SavedError where it does not say what it
     is of, UnknownModelError or ModelError where its network cannot be built here.
     """
-    run = read_run(Path(path))
-    if missing := [name for name in ("settings", "classes", "input_shape", "normalization") if name not in run.extra]:
-        raise SavedError(
-            f"run {run.folder} does not say its {missing[0]}: it was saved by another program or an older version; "
-            "train it again, or load it in Python with autowidth.load_"
-        )
+    run = _described(path)
     channels, height, width, classes, scaling = _said(run)
     settings = settings_of(run.extra["settings"])
     network = built(settings.model, (channels, height, width), len(classes), width=settings.width)

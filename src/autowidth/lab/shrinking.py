@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
@@ -58,6 +58,10 @@ def _nobody(shrunk: Shrunk) -> None:
     """Tells nobody."""
 
 
+def _still() -> None:
+    """Tells nobody."""
+
+
 def shrink(
     settings: Settings,
     *,
@@ -65,13 +69,15 @@ def shrink(
     reviews: int = 3,
     tolerance: float = 0.005,
     report: Callable[[Shrunk], None] = _nobody,
+    pulse: Callable[[], None] = _still,
 ) -> Shrunk:
     """Makes the network of the settings, with their weights, smaller; with `out` set, writes it there as a run.
 
     With a policy it ends where that says, in so many reviews. Without one it goes on in steps of a tenth of the MACs
     while held-out accuracy is at most `tolerance` below that of the start, and takes the last step back. `report` is
-    called at the start and after every step. Held-out images are set apart from the reviews, not from whoever trained
-    the network: of a network that knows its training images by heart they say little.
+    called at the start and after every step, `pulse` after every batch that a review looks at. Held-out images are set
+    apart from the reviews, not from whoever trained the network: of a network that knows its training images by heart
+    they say little.
 
     Raises HoldoutError, what `train` raises before training, and what `autowidth.shrink_` raises.
     """
@@ -84,7 +90,7 @@ def shrink(
     torch.manual_seed(settings.seed)
     network = build_network(settings, images).to(device).eval()
     with cpu_threads(threads_of(settings, images)):
-        work = _Work(settings, images, network, None if policy is None else untrained(policy, reviews))
+        work = _Work(settings, images, network, None if policy is None else untrained(policy, reviews), pulse)
         result = work.until(None if policy is not None else tolerance, report)
     if settings.out is not None:
         save_run(settings.out, settings, images, result)
@@ -94,8 +100,10 @@ def shrink(
 class _Work:
     """The network that is made smaller, and what it was."""
 
-    def __init__(self, settings: Settings, images: ImageSet, network: nn.Module, policy: Policy | None) -> None:
-        self.settings, self.images, self.began = settings, images, time.perf_counter()
+    def __init__(
+        self, settings: Settings, images: ImageSet, network: nn.Module, policy: Policy | None, pulse: Callable[[], None]
+    ) -> None:
+        self.settings, self.images, self.began, self.pulse = settings, images, time.perf_counter(), pulse
         self.reviewer = self._reviewer(network, policy) if policy is not None else self._stepping(network)
         self.macs_start, self.params_start = self.reviewer.macs, self.reviewer.params
         self.accuracy_start = self.accuracy()
@@ -107,9 +115,14 @@ class _Work:
         at_once = min(PROBED, len(images.train))
         return reviewer_of(
             network, example_inputs=example, batches=images.training_batches(at_once, seed=settings.seed),
-            loss=of_pairs(F.cross_entropy), policy=policy, effort=settings.effort, norms="corrected",
+            loss=of_pairs(self._loss), policy=policy, effort=settings.effort, norms="corrected",
             seed=settings.seed,
         )  # fmt: skip
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of a batch, of which somebody is told."""
+        self.pulse()
+        return F.cross_entropy(scores, labels)
 
     def _stepping(self, network: nn.Module) -> Reviewer:
         """The same for steps of equal shares, as many as the least widths allow."""

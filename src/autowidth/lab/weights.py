@@ -20,6 +20,7 @@ from autowidth.checkpoint import MODEL, RUN, CheckpointError, load_, read_run, r
 from autowidth.checkpoint.tensors import UNREADABLE
 from autowidth.errors import AutoWidthError
 from autowidth.lab.foreign_names import in_our_names
+from autowidth.lab.heads import load_but_head_
 from autowidth.trace import Inputs
 
 _log = logging.getLogger(__name__)
@@ -192,13 +193,23 @@ def _load_run_(network: nn.Module, folder: Path, example_inputs: Inputs | None, 
     """Gives the network widths and weights of a run."""
     if example_inputs is None:
         raise WeightsError(f"weights {folder} are a run, whose widths a network takes over: pass example_inputs")
-    if new_head:
-        raise WeightsError(f"weights {folder} are a run, which brings its head: a new one is for files of weights only")
     try:
-        load_(network, folder, example_inputs=example_inputs)
+        if not new_head:
+            load_(network, folder, example_inputs=example_inputs)
+            return ()
+        head = load_but_head_(network, folder, example_inputs)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
-    return ()
+    _tell_head(head, folder)
+    return head
+
+
+def _tell_head(head: tuple[str, ...], path: str | os.PathLike[str]) -> None:
+    """Warns of a head that stays fresh, or of one that did not have to."""
+    if head:
+        _log.warning("%s stay fresh: the weights in %s are for another number of classes", ", ".join(head), path)
+    else:
+        _log.warning("new_head has no effect: the head in %s fits, and its weights were taken", path)
 
 
 def _is_counter(name: str) -> bool:

@@ -5,15 +5,15 @@ reads batches sees no difference. Letters in shapes: N images, C channels, H row
 full scale, 0 to 1, as float32, or its 255-fold as uint8. Nothing is cached on disk.
 
 Imports point to the left: errors < pixels < augment, decoding < streaming < splits < batches < sets; splits < sources <
-tables < readers (one file per kind of set); decoding < extents; sets, sources, extents < assembling; all of them <
-loading. A new kind of set is one
+tables < readers (one file per kind of set); decoding < extents; splits < overlap; sets, sources, extents, overlap <
+assembling; all of them < loading. A new kind of set is one
 function under `@reader` in `readers`.
 """
 
 from autowidth.lab.data.augment import Augmentation, Draws, Level
 from autowidth.lab.data.batches import Batches
 from autowidth.lab.data.errors import CorruptImageError, DataError, UnknownDataError
-from autowidth.lab.data.loading import FORMS, STREAM_ABOVE, cifar10, digits, folder, load
+from autowidth.lab.data.loading import FORMS, STREAM_ABOVE, cifar10, digits, folder, load, resizable
 from autowidth.lab.data.pixels import Edge, channel_statistics, crop, flip, pooled, scale, unit
 from autowidth.lab.data.readers.cifar import CIFAR10_CLASSES
 from autowidth.lab.data.sets import ImageSet
@@ -46,6 +46,7 @@ __all__ = [
     "load",
     "pooled",
     "reader",
+    "resizable",
     "scale",
     "unit",
 ]

@@ -15,6 +15,7 @@ from autowidth.lab.data.augment import augmentation_of
 from autowidth.lab.data.decoding import MOST_PIXELS, Encoded, Side, UnreadableError, decode, extent_of, stacked
 from autowidth.lab.data.errors import CorruptImageError, DataError
 from autowidth.lab.data.extents import chosen_side
+from autowidth.lab.data.overlap import warn_of_overlap
 from autowidth.lab.data.pixels import channel_statistics, mean_and_std, pooled, unit
 from autowidth.lab.data.sets import ImageSet
 from autowidth.lab.data.sources import Source
@@ -60,6 +61,11 @@ _TEST_SHARE = 0.2
 
 def assembled(source: Source, options: Options) -> ImageSet:
     """Splits, decodes or surveys, pools, measures."""
+    if len(source.classes) < 2:
+        raise DataError(
+            f"{source.name} has one class only, {', '.join(source.classes)}: a network would be right without looking; "
+            "give images of at least two"
+        )
     parts = _parts(source, options)
     encoded = [raw for raw in parts.values() if isinstance(raw, Encoded)]
     chosen, resized = chosen_side(encoded) if source.any_size and options.size is None else (None, "")
@@ -70,6 +76,7 @@ def assembled(source: Source, options: Options) -> ImageSet:
     if len(set(shapes.values())) > 1:
         raise DataError(f"the splits of {source.name} hold images of different shapes: {shapes}")
     height, width = shapes["train"][1:]
+    warn_of_overlap(source.name, [it.split for part, it in found.items() if part != "test"], found["test"].split)
     skipped = tuple(item for it in found.values() for item in it.skipped)
     if skipped:
         count, whole = len(skipped), sum(len(raw) for raw in parts.values())

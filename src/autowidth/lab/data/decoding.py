@@ -148,11 +148,23 @@ def _rgb(image: PillowImage, side: Side) -> np.ndarray:
     """The pixels (H, W, 3) of the upright image, whole, or cut around its middle and resized."""
     from PIL import Image, ImageOps
 
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
     if side is None:
         return np.asarray(upright)
     height, width = (side, side) if isinstance(side, int) else side
     return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR))
+
+
+def _eight_bit(image: PillowImage) -> PillowImage:
+    """Gray values of 16 bits as 8, which pillow would cut off at 255; any other image as it is."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise UnreadableError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64) / 257
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 
 def upright_extent(data: bytes | Path | None) -> tuple[int, int]:

@@ -61,6 +61,12 @@ def load(
     return assembled(reader.read(rest), options)
 
 
+def resizable(text: str) -> bool:
+    """Whether the images that a text names can be asked for in another size than they have."""
+    reader = READERS.get(text.partition(":")[0])
+    return reader is not None and not reader.own_size
+
+
 def _unknown(text: str) -> UnknownDataError:
     """The error for a text that has none of the forms, with the closest."""
     kind = text.partition(":")[0]
