@@ -27,6 +27,8 @@ from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import build
 from autowidth.lab.published_table import published_plot, published_table
 from autowidth.lab.removing import METHODS, Removal, inside_widths, seen, with_precise_norms
+from autowidth.lab.studies.fine_tuning import LAYOUTS, Layout, layouts, settings_of_row
+from autowidth.lab.studies.fine_tuning import main as layout_main
 from autowidth.lab.studies.published_parts import PARTS, best, main
 from autowidth.lab.suites import find_suite
 from autowidth.lab.suites.published import TABLES, as_trained, settings_for
@@ -326,3 +328,29 @@ def test_the_table_marks_the_best_and_sets_others_figures_apart(tmp_path: Path) 
     assert "autowidth" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 1000
     published_plot([], tmp_path / "nothing.svg")
     assert not (tmp_path / "nothing.svg").exists()
+
+
+# ---- how a network is trained on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", LAYOUTS, ids=[row.label for row in LAYOUTS])
+def test_every_layout_is_what_the_run_gets(row: Layout, place: Path, weights: Path) -> None:
+    suite = layouts(f"cifar10:{place}", str(weights), model="resnet8", rows=[row.label])
+    settings = settings_of_row(suite.units[0].settings)
+    assert row.method in TUNED
+    assert all(getattr(settings, name) == value for name, value in row.train.items())
+    assert all(getattr(settings.policy.schedule, name) == value for name, value in row.schedule.items())
+    assert all(getattr(settings.policy.limits, name) == value for name, value in row.limits.items())
+    assert settings.lr == row.train.get("lr", 0.05) and settings.policy.limits.offer == row.limits.get("offer", 0.0)
+
+
+def test_layouts_differ_and_run(place: Path, weights: Path, tmp_path: Path) -> None:
+    suite = layouts(f"cifar10:{place}", str(weights), model="resnet8", seeds=(0, 1))
+    assert len({unit.name for unit in suite.units}) == 2 * len(LAYOUTS)
+    told = [json.dumps({**unit.settings, "label": "", "predicted": ""}, sort_keys=True) for unit in suite.units]
+    assert len(set(told)) == len(told)
+    few = ["--model", "resnet8", "--rows", "one review", "--epochs", "1", "--out", str(tmp_path)]
+    layout_main(["--data", f"cifar10:{place}", "--weights", str(weights), *few])
+    (record,) = json.loads((tmp_path / "fine-tuning.json").read_text())
+    assert record["part"] == "held_out" and record["accuracy_start"] > 0.5 and record["inserted"] == 0
+    assert "| one review at the first step" in (tmp_path / "fine-tuning.md").read_text()

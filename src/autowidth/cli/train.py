@@ -166,7 +166,7 @@ def _run(
 
 
 def default_folder(settings: Settings) -> Path:
-    """runs/MODEL-DATA-SEED, or the next free name behind it; one that was broken off is refused later, with the way on."""
+    """runs/MODEL-DATA-SEED or the next free name behind it; or one that was broken off, which is refused later."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # they must agree, and one may have begun to write
     name = f"{settings.model}-{settings.data}-{settings.seed}"
     return free_folder(name, wanted=(lambda _: True) if several else broken_off)

@@ -16,7 +16,7 @@ from autowidth.cost import count_macs
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import ImageSet
 from autowidth.lab.fine_tuning import LIMITS, SCHEDULE
-from autowidth.lab.loop import EVALUATED, evaluate
+from autowidth.lab.loop_parts import EVALUATED, evaluate
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.published_table import published_plot, published_table
