@@ -30,7 +30,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "optimizer", "schedule", "warmup", "cycles", "momentum", "weight_decay", "label_smoothing", "ema", "looks",
     ),
     "Saving": ("save_every", "keep", "rescue", "bad_steps"),
-    "Machine": ("device", "threads", "bf16", "compile", "channels_last"),
+    "Machine": ("device", "threads", "bf16", "compile", "compile_share", "channels_last"),
 }  # fmt: skip
 """Settings by the heading that they stand under in the help."""
 

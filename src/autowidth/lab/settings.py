@@ -61,9 +61,7 @@ class Settings(PolicySettings):
     effort: Effort | None = Field(
         None, description="how much a review looks at; what is not given: what takes a twenty-fifth of the run"
     )
-    epochs: int = Field(
-        120, ge=1, le=1_000_000, description="passes over the training images; 20 from given weights"
-    )
+    epochs: int = Field(120, ge=1, le=1_000_000, description="passes over the training images; 20 from given weights")
     batch_size: int = Field(64, ge=1, description="images per optimizer step")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov momentum, or adamw")
     lr: float = Field(

@@ -165,7 +165,7 @@ def settings_for(settings: Mapping[str, Any]) -> Settings:
 def as_trained(images: ImageSet) -> ImageSet:
     """The same images, varied as those that the published weights were trained on: black beyond the border.
 
-    Norm statistics depend on it: of mirrored borders they cost the untouched ResNet-20 2.8 points, of black ones .1.
+    Norm statistics depend on it: of mirrored borders they cost the untouched ResNet-20 2.8 points (docs/log/013).
     """
     return replace(images, augmentation=replace(images.augmentation, edge="zero"))
 
