@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long zoo speed lint format types check clean help
+.PHONY: demo test test-long zoo speed docs lint format types check clean help
 
 demo: .venv/.runtime  ## train the default network on the digits and watch its widths settle
 	$(BIN)/autowidth train --out runs/demo
@@ -20,6 +20,9 @@ zoo: .venv/.zoo  ## resize the networks of torchvision and timm, write docs/cove
 speed: .venv/.zoo .venv/.bench  ## time tracing and surgery beside Torch-Pruning, write results/speed.json
 	$(BIN)/python -m tests.zoo.speed
 
+docs: .venv/.docs  ## build the site of docs/ into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 lint: .venv/.dev  ## look for mistakes and for unformatted files, change nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -34,7 +37,7 @@ types: .venv/.dev  ## check the types of src
 check: lint types test  ## everything that must pass before a commit
 
 clean:  ## remove the environment and all caches; runs/ stays
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list
@@ -57,4 +60,8 @@ help:  ## show this list
 
 .venv/.bench: .venv/.runtime
 	$(PIP) --editable '.[bench]'
+	touch $@
+
+.venv/.docs: .venv/.runtime
+	$(PIP) --editable '.[docs]'
 	touch $@
