@@ -147,7 +147,7 @@ def soaked(count: int, place: Path) -> list[float]:
             memory.append(resident())
     assert list(soak.engine.history.replay()) == seen
     assert list(History.read(place / "history.jsonl").replay()) == seen
-    assert len({tuple(widths.values()) for _, widths in seen}) > count / 3
+    assert len({tuple(widths.values()) for _, widths in seen}) > min(count / 3, 300)  # there are 729
     events = soak.engine.history.events
     print(
         f"{len(events)} reviews, {soak.engine.history.removed_total} channels removed, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import inspect
 import os
@@ -79,7 +80,9 @@ def _import(text: str) -> object:
     module_name, _, path = text.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
         raise UnknownModelError(f"cannot import a model from {text!r}: the form is module:callable")
-    if (root := module_name.partition(".")[0]) in sys.stdlib_module_names:  # a saved run may name it, and it is called
+    root = module_name.partition(".")[0]
+    is_class = root == "builtins" and isinstance(getattr(builtins, path, None), type)  # refused below, by its own fault
+    if root in sys.stdlib_module_names and not is_class:  # a saved run may name it, and it is called
         raise UnknownModelError(
             f"cannot import a model from {text!r}: {_hidden(module_name) or f'{root} belongs to the standard library'}"
         )
