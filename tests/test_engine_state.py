@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from autowidth import history
 from autowidth.channels import IndexMap
 from autowidth.engine import AutoWidth, resize_
 from autowidth.engine_state import StateError
@@ -267,6 +270,52 @@ def test_a_review_that_failed_is_made_after_the_next_step() -> None:
     event = engine.step()
     assert event is not None and event.step == 3
     assert len(engine.history) == 1
+
+
+def test_an_interrupt_at_any_line_of_the_record_neither_loses_an_event_nor_doubles_one(tmp_path: Path) -> None:
+    """Between the line in the file and the list in memory as well: what was undone is made again, once."""
+    source, record = Path(history.__file__), {"append", "_cut", "_add", "_length"}
+
+    class Interrupt:
+        def __init__(self, at: int) -> None:
+            self.at, self.count = at, 0
+
+        def line(self, frame: FrameType, what: str, _: object) -> Any:
+            if what == "line":
+                self.count += 1
+                if self.count == self.at:
+                    raise KeyboardInterrupt
+            return self.line
+
+        def enter(self, frame: FrameType, what: str, _: object) -> Any:
+            code = frame.f_code
+            return self.line if code.co_filename == str(source) and code.co_name in record else None
+
+    torch.manual_seed(0)
+    model, path = Mixed(), tmp_path / "h.jsonl"
+    engine = AutoWidth(
+        model, sgd(model), example_inputs=IMAGE, probe=looked_at()[:2], loss_fn=F.cross_entropy, policy=Looks(),
+        total_steps=200, effort=SMALL, history=path,
+    )  # fmt: skip
+    engine.step()
+    at, fired = 0, 0
+    while True:
+        at += 1
+        interrupt, before = Interrupt(at), sys.gettrace()
+        sys.settrace(interrupt.enter)
+        try:
+            event = engine.step()
+        except KeyboardInterrupt:
+            fired += 1
+            continue
+        finally:
+            sys.settrace(before)
+            steps = [event.step for event in History.read(path)]
+            assert steps == [event.step for event in engine.history], at
+        assert event is not None and interrupt.count < at
+        break
+    assert fired > 15
+    assert steps == [at + 1]  # one event, after all that was undone
 
 
 # ---- loaders ---------------------------------------------------------------------------------------------------------
