@@ -26,7 +26,8 @@ from autowidth.engine import AutoWidth
 from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import BenchError, Standing, Suite, bench
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop import probe_batches, train
+from autowidth.lab.loop import train
+from autowidth.lab.loop_parts import probe_batches
 from autowidth.lab.models import build
 from autowidth.lab.plots import fidelity_plot
 from autowidth.lab.prepare import load_images

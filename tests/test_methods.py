@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autowidth.cost import count_macs, macs_cost
-from autowidth.lab.loop import Method, probe_batches, train
+from autowidth.lab.loop import Method, train
+from autowidth.lab.loop_parts import probe_batches
 from autowidth.lab.methods import (
     METHODS,
     OneShot,

@@ -20,7 +20,7 @@ from autowidth.attach import AttachError, NothingToResizeError
 from autowidth.cli.shrink import _display as shrink_display
 from autowidth.lab.data import load
 from autowidth.lab.evaluating import evaluate_run
-from autowidth.lab.loop import cpu_threads, evaluate
+from autowidth.lab.loop_parts import cpu_threads, evaluate
 from autowidth.lab.models import build
 from autowidth.lab.saved import open_run
 from autowidth.lab.settings import settings_of

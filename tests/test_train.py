@@ -25,14 +25,8 @@ from autowidth.checkpoint import load_, read_run
 from autowidth.cost import count_macs
 from autowidth.engine import Effort
 from autowidth.lab.data import CorruptImageError, digits
-from autowidth.lab.loop import (
-    Method,
-    evaluate,
-    one_cycle,
-    probe_batches,
-    train,
-)
-from autowidth.lab.loop_parts import compiled, decayed_and_not
+from autowidth.lab.loop import Method, train
+from autowidth.lab.loop_parts import compiled, decayed_and_not, evaluate, one_cycle, probe_batches
 from autowidth.lab.models import build, resolve
 from autowidth.lab.prepare import ModelError
 from autowidth.lab.result import Progress

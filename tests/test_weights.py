@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 from autowidth import IndexMap, load_, resize_, save
 from autowidth.checkpoint import CheckpointError, read_run
 from autowidth.lab.data import DataError, load
-from autowidth.lab.loop import evaluate, train
+from autowidth.lab.loop import train
+from autowidth.lab.loop_parts import evaluate
 from autowidth.lab.models import build
 from autowidth.lab.prepare import load_images
 from autowidth.lab.saved import SavedError, open_run
