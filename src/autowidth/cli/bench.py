@@ -57,6 +57,13 @@ Submit = Annotated[
     Where | None, typer.Option(help="hand units to slurm, or to local jobs, by submitit (extra `submit`)")
 ]
 SubmitWith = Annotated[str | None, typer.Option(help="options of the jobs, as in timeout_min=600,slurm_partition=gpu")]
+Starts = Annotated[
+    str | None, typer.Option(help="of a comparison: factors on the starting widths, as in 0.5,1,2; default 1")
+]
+Choose = Annotated[
+    bool, typer.Option("--choose", help="of a comparison: measure on held-out training images, not on the test")
+]
+Processes = Annotated[int, typer.Option(help="units at a time, one CPU thread each")]
 Weights = Annotated[str | None, typer.Option(help="of published: the folder with resnet20.safetensors and its like")]
 Tables = Annotated[str | None, typer.Option(help="of published: no-training, fine-tuned; default both")]
 Limit = Annotated[int | None, typer.Option(min=1, help="of published: keep this many training images")]
@@ -80,15 +87,11 @@ def command(
     budgets: Annotated[
         str | None, typer.Option(help="of a comparison: shares of the MACs, as in 0.25,0.5; default 0.25")
     ] = None,
-    starts: Annotated[
-        str | None, typer.Option(help="of a comparison: factors on the starting widths, as in 0.5,1,2; default 1")
-    ] = None,
-    choose: Annotated[
-        bool, typer.Option("--choose", help="of a comparison: measure on held-out training images, not on the test")
-    ] = False,
+    starts: Starts = None,
+    choose: Choose = False,
     limit: Limit = None,
     device: Device = None,
-    processes: Annotated[int, typer.Option(help="units at a time, one CPU thread each")] = 2,
+    processes: Processes = 2,
     submit: Submit = None,
     submit_with: SubmitWith = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
