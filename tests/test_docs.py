@@ -1,4 +1,4 @@
-"""What the documentation promises: links lead somewhere, every public name has its place, every command of the README runs."""
+"""What the documentation promises: links lead somewhere, public names have a place, commands of the README run."""
 
 from __future__ import annotations
 

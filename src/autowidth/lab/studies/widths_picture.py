@@ -42,7 +42,7 @@ def draw(history: History, result: dict[str, Any], file: Path) -> None:
         _over_reviews(over, history, names)
         _before_and_after(sizes, history, names)
         share = result["macs"] / result["macs_start"]
-        figure.suptitle(f"{result['accuracy']:.1%} accuracy with {share:.0%} of the MACs: what one run did to its widths")
+        figure.suptitle(f"{result['accuracy']:.1%} accuracy with {share:.0%} of the MACs: what a run did to its widths")
         figure.savefig(file, metadata={"Date": None})
 
 
