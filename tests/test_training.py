@@ -102,7 +102,7 @@ class Faults:
 os_open = os.open
 
 
-@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("for_good", [pytest.param(False, marks=pytest.mark.slow), True], ids=["once", "for good"])
 def test_a_fault_at_every_act_on_the_disk_leaves_the_old_training_or_the_new_one_whole(
     tmp_path: Path, for_good: bool
 ) -> None:
