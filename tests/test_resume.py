@@ -164,6 +164,16 @@ def test_settings_that_cannot_differ_are_refused_by_name(tmp_path: Path) -> None
         settings_to_resume(tmp_path / "kept nothing", Settings())
 
 
+def test_an_end_that_is_behind_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(tmp_path, epochs=4), watch=stopping_at(18))
+    for epochs in (1, 2):
+        with pytest.raises(ResumeError, match=f"has 2 epochs behind it: epochs = {epochs} cannot be its end"):
+            settings_to_resume(tmp_path, Settings(epochs=epochs))
+    result = train(settings_to_resume(tmp_path, Settings(epochs=3)), resume=tmp_path)
+    assert (result.epochs, result.history.events[-1].total_steps) == (3, 24)
+
+
 def test_other_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(settings(tmp_path), watch=stopping_at(3))

@@ -239,8 +239,6 @@ class _Run:
         self.keeper.first = taken_up.folder != self.keeper.folder
         self.finite.follow(self.network)
         epoch = self.standing.epoch
-        if epoch > self.settings.epochs or (epoch == self.settings.epochs and self.standing.batch):
-            raise ResumeError(f"the run has come to epoch {epoch}: --epochs {self.settings.epochs} lies behind it")
         self._say(f"going on at step {self.engine.steps} of {self.total_steps}, epoch {epoch + 1}")
         self._replan(taken_up)
 

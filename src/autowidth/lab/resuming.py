@@ -87,6 +87,12 @@ def _check_epochs(found: Unfinished, settings: Settings) -> None:
             f"the run in {found.folder.parent} is finished, with {found.epochs} of {found.epochs} epochs: "
             f"give more to go on, such as --epochs {2 * found.epochs}"
         )
+    over = int(found.about.get("epoch", 0))
+    if settings.epochs <= over and settings.epochs != found.epochs:
+        raise ResumeError(
+            f"the run in {found.folder.parent} has {over} epochs behind it: epochs = {settings.epochs} cannot be its "
+            f"end; give more than {over}, or leave it out for the {found.epochs} that were planned"
+        )
 
 
 def check_anew(out: Path) -> None:
