@@ -305,10 +305,11 @@ def test_a_review_inside_an_autocast_block_is_the_one_outside(norm: Callable[[in
     """Autocast keeps casts of the weights: stale ones hide ablations, and have old shapes after surgery."""
     outcomes = []
     for inside in (False, True):
-        model, _, engine = made(norm)
+        model, optimizer, engine = made(norm)
         x, y = data(8)[0]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             F.cross_entropy(model(x), y).backward()  # leaves casts of all weights behind
+            optimizer.step()
             if inside:
                 event = engine.step()
                 after = model(x)  # with weights of the new shapes
@@ -400,8 +401,9 @@ def test_effort_is_fitted_to_the_run_and_one_field_does_not_raise_the_others() -
 
 
 def test_a_run_that_ends_early_says_how_many_reviews_never_took_place(caplog: pytest.LogCaptureFixture) -> None:
-    _, _, engine = made(policy=Budget(macs=0.9, schedule=Schedule(count=4)), total_steps=100)
+    _, optimizer, engine = made(policy=Budget(macs=0.9, schedule=Schedule(count=4)), total_steps=100)
     for _ in range(50):
+        optimizer.step()
         engine.step()
     with caplog.at_level(logging.WARNING, logger="autowidth"):
         del engine
