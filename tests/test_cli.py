@@ -243,7 +243,8 @@ def test_an_interrupted_run_is_saved_says_how_to_go_on_and_goes_on(
     said = r"autowidth: stopped at step (\d+) of \d+; go on with: autowidth train --resume here\n"
     assert (told := re.fullmatch(said, complaint)), complaint
     assert sorted(p.name for p in folder.iterdir()) == ["here"]
-    assert [p.name for p in (folder / "here").iterdir()] == ["training"]
+    live = {"live-history.jsonl", "live-progress.jsonl"}  # with which its page goes on
+    assert {p.name for p in (folder / "here").iterdir()} == {"training", *live}
     (saved,) = saved_trainings(folder / "here" / "training")
     assert read_run(saved).extra["step"] == int(told[1])
     epochs = int(read_run(saved).extra["epoch"]) + 2

@@ -38,7 +38,8 @@ def said(way: str, count: int, folder: Path, program: str = "compiled_ranks.py")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-@pytest.mark.parametrize("way", ["compiled around", pytest.param("compiled inside", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compiled around", "compiled inside"])
 def test_compiled_averaged_and_on_two_ranks_in_one_run(tmp_path: Path, way: str) -> None:
     """Two ranks with half of each batch end as one with all of it, and every step runs compiled."""
     first, second = said(way, 2, tmp_path / "two")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -80,6 +81,7 @@ def visitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             picture = Image.fromarray((pixels * 15).astype("uint8")).resize((32, 32)).convert("RGB")
             picture.save(tmp_path / "photos" / name / f"{count}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)  # other tests have other networks of this name
     monkeypatch.setenv("AUTOWIDTH_EPOCHS", "2")
     monkeypatch.setenv("AUTOWIDTH_BATCH_SIZE", "8")
     return tmp_path

@@ -601,7 +601,8 @@ def test_a_probe_too_short_for_an_audit_is_used_for_scoring() -> None:
 def test_a_review_looks_at_as_many_samples_as_its_effort_says(probed: int, audited: int) -> None:
     model = Mixed()
     engine = attached(model, sgd(model), Looks(), 4, effort=Effort(probe_samples=probed, audit_samples=audited))
-    scoring, held_out = engine._reviewer.look()
+    seen = engine._reviewer.look()
+    scoring, held_out = seen.scoring, seen.held_out
     assert [sum(len(x) for x, _ in part) for part in (scoring, held_out)] == [probed, audited]
     assert all(len(x) == len(y) for x, y in scoring + held_out)
     scored, audited_on = ({bytes(x.numpy()) for batch, _ in part for x in batch} for part in (scoring, held_out))
@@ -616,7 +617,8 @@ def test_batches_that_cannot_be_cut_are_taken_whole() -> None:
         model, sgd(model), Looks(), 4, probe=whole, loss_fn=lambda out, y: F.cross_entropy(out, y["label"]),
         effort=Effort(probe_samples=70, audit_samples=10, audit_filters=2),
     )  # fmt: skip
-    assert [len(part) for part in engine._reviewer.look()] == [2, 1]
+    seen = engine._reviewer.look()
+    assert (len(seen.scoring), len(seen.held_out)) == (2, 1)
     assert engine.review().fidelity is not None
 
 
@@ -635,7 +637,8 @@ def test_the_policy_is_told_the_loss_on_all_samples_of_the_review() -> None:
     torch.manual_seed(0)
     model, policy = Mixed(), Looks()
     engine = attached(model, sgd(model), policy, 10, effort=Effort(probe_samples=96, audit_samples=40, audit_filters=2))
-    scoring, held_out = engine._reviewer.look()
+    seen = engine._reviewer.look()
+    scoring, held_out = seen.scoring, seen.held_out
     with quiet(model) as trained, precise_norms(model, scoring, CE, among=trained):
         expected = mean_loss(model, [*scoring, *held_out], CE)
     engine.review()
@@ -784,7 +787,8 @@ def test_what_is_measured_before_surgery_is_what_surgery_does() -> None:
     model = Mixed().train()
     width = attached(model, sgd(model), Never(), 8).widths["left"]
     engine = attached(model, sgd(model), Looks(plans={0: {"left": IndexMap.removing([1, 3], width)}}), 8)
-    scoring, held_out = engine._reviewer.look()
+    seen = engine._reviewer.look()
+    scoring, held_out = seen.scoring, seen.held_out
     old = copy.deepcopy(model)
     event = engine.review()
 

@@ -40,7 +40,7 @@ def test_the_example_runs_without_the_packages_of_the_laboratory(tmp_path: Path)
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [(), ("--float16",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--float16",), marks=pytest.mark.slow)])
 def test_the_example_in_mixed_precision_runs(tmp_path: Path, options: tuple[str, ...]) -> None:
     done = run(sys.executable, str(EXAMPLE.with_name("mixed_precision_loop.py")), *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr

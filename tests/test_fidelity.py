@@ -50,7 +50,8 @@ from autowidth.lab.suites.fidelity import (
     within,
 )
 from autowidth.policy import Budget, Never
-from autowidth.review.batches import mean_loss, of_pairs
+from autowidth.review import shares
+from autowidth.review.batches import count, mean_loss, of_pairs
 from autowidth.review.calibrate import Calibration
 from autowidth.review.reconstruct import readers_without
 from autowidth.review.state import named_tensors, precise_norms, quiet
@@ -379,14 +380,15 @@ def test_the_worths_are_those_of_the_engine(trained: tuple[ImageSet, AutoWidth])
     """Looked at with the data of a review, it gives the worths that the review would decide on."""
     _, engine = trained
     with quiet(engine.model) as among:
-        scoring, _ = engine._reviewer.look()
+        scoring = engine._reviewer.look().scoring
         with precise_norms(engine.model, scoring, CE, among=among):
             found, _ = fidelity_suite._ours(engine.model, engine.channel_map, scoring, engine.calibration.coefficients)
     decided: dict[str, np.ndarray] = {}
     reviewer = engine._reviewer
     original = reviewer._judge
     reviewer._judge = lambda *seen: (found := original(*seen), decided.update(found.worths))[0]  # type: ignore[method-assign]
-    reviewer.look = lambda: (scoring, [])  # type: ignore[method-assign]
+    alone = shares.Look(scoring=scoring, held_out=[], scored=count(scoring), held=0)
+    reviewer.look = lambda: alone  # type: ignore[method-assign]
     engine.review()
     assert decided
     for name, worths in decided.items():

@@ -21,7 +21,7 @@ from torch import nn
 from autowidth.cost import count_macs
 from autowidth.lab.bench import BenchError, bench
 from autowidth.lab.data import ImageSet, load
-from autowidth.lab.loop import evaluate
+from autowidth.lab.loop_parts import evaluate
 from autowidth.lab.merging import Filters, mergeable, merged, scaling
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
+import itertools
 import json
 import os
 import re
@@ -259,7 +260,8 @@ def test_the_command_says_that_nothing_was_removed(tmp_path: Path) -> None:
     if "-0 " in done.stdout and not re.search(r": -[1-9]", done.stdout):
         assert lines[-2].startswith("nothing was removed: at the last of 3 reviews, ")
         assert "MACs are allowed" in lines[-2]
-    assert sum(line.startswith("    ") for line in lines) == 3  # a review in words, each
+    words = [after for line, after in itertools.pairwise(lines) if line.startswith("  review ")]
+    assert len(words) == 3 and all(line.startswith("    ") for line in words)  # a review in words, each
 
 
 def test_why_a_layer_is_as_wide_as_it_is() -> None:
@@ -343,7 +345,7 @@ def test_a_live_run_has_a_page_and_a_killed_one_too(tmp_path: Path) -> None:
     again = program("train", "--config", "run.toml", "--epochs", "1", "--out", "run", "--quiet", at=tmp_path)
     assert (again.returncode, again.stderr) == (0, "")
     assert sorted(set(os.listdir(tmp_path / "run")) - {"training"}) == [
-        "history.jsonl", "model.safetensors", "progress.jsonl", "report.html", "run.json",
+        "history.jsonl", "model.safetensors", "progress.jsonl", "report.html", "run.json", "widths.json",
     ]  # fmt: skip
 
 

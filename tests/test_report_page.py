@@ -232,6 +232,7 @@ def test_a_thousand_layers_and_no_reviews_open(tmp_path: Path, opened: Opener) -
     assert drawn.keys() == {"network"}
 
 
+@pytest.mark.slow
 def test_200_layers_and_200_reviews_open_in_two_seconds(tmp_path: Path, browser: Any) -> None:
     """Until all in view is drawn; of processor time of the page's thread, which other programs lengthen little."""
     written(tmp_path / "big.jsonl", layers=200, reviews=200)

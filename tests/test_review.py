@@ -257,7 +257,7 @@ def test_an_engine_with_a_path_has_every_event_on_disk_before_training_goes_on(t
 def test_running_statistics_of_an_instance_norm_survive_a_review() -> None:
     """To an instance norm `momentum=None` means 0: a reset one would keep means of 0 and variances of 1."""
     model, _, engine = made(lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True))
-    scoring, _ = engine._reviewer.look()
+    scoring = engine._reviewer.look().scoring
     event = engine.step()
     assert event.maps
     twin = copy.deepcopy(model)
@@ -367,7 +367,8 @@ def test_dicts_of_bytes_are_reviewed_as_floats_are() -> None:
         engine.step()
     assert engine.macs <= 0.5 * engine.macs_start
     assert len(engine.history) == 2
-    scoring, held_out = engine._reviewer.look()
+    seen = engine._reviewer.look()
+    scoring, held_out = seen.scoring, seen.held_out
     assert sum(len(b["label"]) for b in [*scoring, *held_out]) <= 45
     assert all(len(b["image"]) == len(b["label"]) == len(b["kind"]) for b in [*scoring, *held_out])
 

@@ -21,10 +21,9 @@ class WithOptionalValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments that are left when options are read."""
-        ends = [*args[1:], "--"]
         given = [
             word
-            for arg, after in zip(args, ends, strict=True)
+            for arg, after in zip(args, [*args, "--"][1:], strict=True)
             for word in ((arg, "") if arg in OPTIONAL and after.startswith("-") else (arg,))
         ]
         return super().parse_args(ctx, given)

@@ -40,11 +40,13 @@ class Recorder:
         self.settings = settings
         self.resume = resume
         self._began = False
+        self._missing: list[Path] = []  # folders that were not there, the innermost first
         self._reviews = -1
         self._accuracy: float | None = None
         self._refused: OSError | None = None
 
     def __enter__(self) -> Recorder:
+        self._missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -52,8 +54,9 @@ class Recorder:
             return
         for name in (LIVE_HISTORY, LIVE_PROGRESS):
             (self.folder / name).unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        for made in self._missing:
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
 
     def show(self, progress: Progress) -> None:
         """Begins the file at the start of a run, with the epochs that a run that goes on has had; adds every epoch."""

@@ -141,7 +141,7 @@ class Reviewer:
             self.ranks.together(f"the review at step {step}"),
         ):
             wrappers = self._prepare(journal, step, trained)
-            seen = look(self.probe, self.effort, self.ranks)
+            seen = self.look()
             scoring, loss = seen.scoring, _checked(self.loss, check)
             precise = self.norms == "precise"
             subject = Subject(
@@ -188,10 +188,9 @@ class Reviewer:
         """The number of parameters now."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def look(self) -> tuple[Batches, Batches]:
+    def look(self) -> Look:
         """Probe data for a review: one part to score filters, the next, held out, for trials."""
-        seen = look(self.probe, self.effort, self.ranks)
-        return seen.scoring, seen.held_out
+        return look(self.probe, self.effort, self.ranks)
 
     def _prepare(self, journal: Journal, step: int, trained: frozenset[nn.Module]) -> Sequence[DistributedDataParallel]:
         """The wrappers around the model, once all ranks are found at the same place with the same network.

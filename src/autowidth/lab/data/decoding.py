@@ -106,6 +106,7 @@ def _image(data: bytes | Path | None) -> Iterator[PillowImage]:
         raise UnreadableError("there are no bytes")
     try:
         with _opened(data) as file, _quiet(), Image.open(file, formats=FORMATS) as image:
+            _check_pixels(image)  # before anything is asked of it that decodes it, as the orientation of a PNG does
             yield image
     except (UnreadableError, ReadError) as error:
         raise UnreadableError(str(error)) from error
@@ -117,13 +118,18 @@ def _image(data: bytes | Path | None) -> Iterator[PillowImage]:
         raise UnreadableError(str(error) or type(error).__name__) from error
 
 
-def _check_extent(size: tuple[int, int], extent: Sequence[int] | None) -> None:
-    """Raises UnreadableError for an image (H, W) with too many pixels, or of another extent."""
-    height, width = size
+def _check_pixels(image: PillowImage) -> None:
+    """Raises UnreadableError for an image with too many pixels, by its header alone."""
+    width, height = image.size
     if width * height > MOST_PIXELS:
         raise UnreadableError(
             f"it has {width:,} x {height:,} pixels, allowed are {MOST_PIXELS / 1e6:,.0f} million: make it smaller"
         )
+
+
+def _check_extent(size: tuple[int, int], extent: Sequence[int] | None) -> None:
+    """Raises UnreadableError for an image (H, W) of another extent."""
+    height, width = size
     if extent is not None and (height, width) != tuple(extent):
         got, expected = f"{height} x {width}", " x ".join(map(str, extent))
         raise UnreadableError(f"its extent is {got}, that of the images before it is {expected}")
