@@ -128,6 +128,11 @@ class IndexMap:
             raise ValueError(f"cannot remove channel {bad[0]} of a group of width {size}")
         return cls(tuple(c for c in range(size) if c not in gone), size)
 
+    @classmethod
+    def between(cls, width: int, wanted: int) -> IndexMap:
+        """The map from one width to another: the last channels leave, or fresh ones come behind them."""
+        return cls.removing(range(wanted, width), width).inserting(wanted - width)
+
     def inserting(self, count: int) -> IndexMap:
         """This map with `count` fresh channels at its end."""
         return IndexMap((*self.source, *(FRESH,) * count), self.size)

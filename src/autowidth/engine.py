@@ -271,7 +271,7 @@ class AutoWidth:
                 stacklevel=2,
             )
         self._due |= self.steps in self._review_steps
-        self._boundary.due = self._due or self.steps + 1 in self._review_steps
+        self._expect()
         if not self._due or self.ranks.totals(not finite)[0]:
             return None
         made = len(self.history)
@@ -279,7 +279,11 @@ class AutoWidth:
             return self.review()
         finally:
             self._due = len(self.history) == made
-            self._boundary.due = self._due or self.steps + 1 in self._review_steps
+            self._expect()
+
+    def _expect(self) -> None:
+        """Tells the boundary whether a review follows the next optimizer step."""
+        self._boundary.due = self._due or self.steps + 1 in self._review_steps
 
     def review(self) -> Event:
         """One review: look, judge, decide, try, commit. Gradients are dropped where shapes change.
@@ -335,7 +339,7 @@ class AutoWidth:
             self.history.attach(path)
         self.steps = self._progress.steps = state["steps"]
         self._due, self._boundary.calls, self._boundary.seen = state["due"], state["calls"], state["seen"]
-        self._boundary.due = self._due or self.steps + 1 in self._review_steps
+        self._expect()
         self.macs_start, self.params_start = state["macs_start"], state["params_start"]
 
     def abandon(self) -> None:

@@ -188,14 +188,11 @@ def _map_at(start: ChannelMap, history: History, widths: Mapping[str, int]) -> C
 
 def _plan(channel_map: ChannelMap, widths: Mapping[str, int]) -> ResizePlan:
     """A plan that leads to these widths: the last channels leave, or fresh ones come behind them."""
-    plan = {}
-    for group in channel_map.groups:
-        width = widths[group.name]
-        if width < group.width:
-            plan[group.name] = IndexMap.removing(range(width, group.width), group.width)
-        elif width > group.width:
-            plan[group.name] = IndexMap.identity(group.width).inserting(width - group.width)
-    return plan
+    return {
+        group.name: IndexMap.between(group.width, widths[group.name])
+        for group in channel_map.groups
+        if widths[group.name] != group.width
+    }
 
 
 def _resize(journal: Journal, reviewer: Reviewer, plan: ResizePlan) -> None:

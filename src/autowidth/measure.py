@@ -17,11 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from autowidth.channels import ChannelMap
+from autowidth.channels import ChannelMap, IndexMap
 from autowidth.errors import AutoWidthError
 from autowidth.export import export_onnx, onnx_session
 from autowidth.surgery import apply_
-from autowidth.widths import index_map_between
 
 Runtime = Literal["eager", "compiled", "onnx"]
 """PyTorch as it is, PyTorch compiled by torch.compile, ONNX Runtime on the CPU."""
@@ -146,7 +145,7 @@ def rounded_copy(
         if whole * multiple == width:
             continue
         try:
-            found = apply_(made, found, {name: index_map_between(width, whole * multiple)})
+            found = apply_(made, found, {name: IndexMap.between(width, whole * multiple)})
         except AutoWidthError:
             continue
     return made, found

@@ -91,7 +91,7 @@ def widths_of(
     if before.keys() != now.keys():
         odd = min(before.keys() ^ now.keys())
         raise WidthsError(f"the starting widths and the channel map differ in {odd!r}: give those of the same network")
-    old = channel_map.resized({group: index_map_between(width, before[group]) for group, width in now.items()})
+    old = channel_map.resized({group: IndexMap.between(width, before[group]) for group, width in now.items()})
     parameters = [parameter for parameter, _ in model.named_parameters()]
     macs, params = macs_cost(channel_map), params_cost(channel_map, parameters)
     return Widths(
@@ -103,13 +103,6 @@ def widths_of(
         macs=round(macs.at(now)), macs_start=round(macs.at(before)),
         params=round(params.at(now)), params_start=round(params.at(before)),
     )  # fmt: skip
-
-
-def index_map_between(width: int, wanted: int) -> IndexMap:
-    """Keeps the first channels, or inserts behind the last."""
-    if wanted < width:
-        return IndexMap.removing(range(wanted, width), width)
-    return IndexMap.identity(width).inserting(wanted - width)
 
 
 def write_widths(path: str | os.PathLike[str], widths: Widths) -> None:
@@ -164,7 +157,7 @@ def apply_widths_(
     if bad := [name for name, width in wanted.items() if type(width) is not int or width < 1]:
         raise WidthsError(f"the width of {bad[0]!r} is {wanted[bad[0]]!r}, allowed are whole numbers from 1")
     plan = {
-        name: index_map_between(channel_map.widths[name], width)
+        name: IndexMap.between(channel_map.widths[name], width)
         for name, width in wanted.items()
         if channel_map.widths[name] != width
     }

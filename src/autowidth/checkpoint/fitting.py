@@ -51,7 +51,7 @@ def plan_for(shown: Shown, channel_map: ChannelMap) -> ResizePlan:
                     f"channel group {group.name!r} has another width in {shown.what}, which does not hold the "
                     f"content of {axis.name!r}: register that buffer as persistent and save again"
                 )
-    return {group.name: _map_between(group.width, widths[group.name]) for group in changed}
+    return {group.name: IndexMap.between(group.width, widths[group.name]) for group in changed}
 
 
 def solve(shown: Shown, channel_map: ChannelMap) -> dict[str, int]:
@@ -144,10 +144,3 @@ def _foreign(shown: Shown, name: str, channel_map: ChannelMap) -> CheckpointErro
         f"{channel_map.shapes[name]} in the model, and no widths of the channel groups make them meet{why}; "
         f"{shown.remedy}"
     )
-
-
-def _map_between(width: int, target: int) -> IndexMap:
-    """Keeps the first channels, or inserts behind the last: all content comes from the file anyway."""
-    if target < width:
-        return IndexMap.removing(range(target, width), width)
-    return IndexMap.identity(width).inserting(target - width)

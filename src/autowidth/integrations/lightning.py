@@ -413,14 +413,7 @@ def _plan(channel_map: ChannelMap, widths: Mapping[str, int], name: str) -> Resi
             f"the checkpoint is of another network: {name} has no channel group {missing[0]!r}; build the module with "
             "the arguments that it was saved with"
         )
-    plan = {}
-    for group, width in widths.items():
-        now = groups[group]
-        if width < now:
-            plan[group] = IndexMap.removing(range(width, now), now)
-        elif width > now:
-            plan[group] = IndexMap.identity(now).inserting(width - now)
-    return plan
+    return {group: IndexMap.between(groups[group], width) for group, width in widths.items() if width != groups[group]}
 
 
 def _described(inputs: Inputs | None) -> dict[str, Any] | None:

@@ -143,8 +143,8 @@ def merge(suite: Suite, out: Path) -> list[Record]:
     """Writes the records of all finished units in `out`, also of other calls, as JSON and as tables; returns them."""
     files = sorted((out / suite.name).glob("*.json"))
     records = [record for file in files for record in _read(file)["records"]]
-    _write(out / f"{suite.name}.json", _listed(records))
-    _write(out / f"{suite.name}.md", suite.table(records))
+    write_whole(out / f"{suite.name}.json", _listed(records))
+    write_whole(out / f"{suite.name}.md", suite.table(records))
     if suite.draw is not None:
         suite.draw(records, out / f"{suite.name}.svg")
     return records
@@ -183,7 +183,7 @@ def _folder(place: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Writes the file so that it is there whole or not at all, whenever the process ends."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
@@ -328,7 +328,7 @@ def work(suite: str, run: Callable[[Mapping[str, Any]], Outcome], unit: Unit, fi
             raise
         raise sent from error
     seconds = time.perf_counter() - began
-    _write(file, json.dumps(_finished(suite, unit, outcome, seconds), allow_nan=False))
+    write_whole(file, json.dumps(_finished(suite, unit, outcome, seconds), allow_nan=False))
 
 
 def _end_with_the_parent() -> None:

@@ -30,9 +30,7 @@ def load_but_head_(network: nn.Module, folder: Path, example_inputs: Inputs) -> 
     loaded = _with_classes(network, head, state)
     widths = load_(loaded, folder, example_inputs=example_inputs).widths
     plan = {
-        group.name: IndexMap.removing(range(widths[group.name], group.width), group.width).inserting(
-            max(widths[group.name] - group.width, 0)
-        )
+        group.name: IndexMap.between(group.width, widths[group.name])
         for group in channel_map.groups
         if widths[group.name] != group.width
     }

@@ -150,17 +150,12 @@ def fresh_network(task: Task, widths: Callable[[ChannelMap], Mapping[str, int]])
     network = build_network(settings, task.images)
     channel_map = trace(network, torch.zeros(2, *task.images.image_shape))
     wanted = widths(channel_map)
-    plan = {g.name: _to_width(g.width, wanted[g.name]) for g in channel_map.groups if g.width != wanted[g.name]}
+    plan = {g.name: IndexMap.between(g.width, wanted[g.name]) for g in channel_map.groups if g.width != wanted[g.name]}
     if plan:
         apply_(network, channel_map, plan)
     torch.manual_seed(settings.seed)
     initialise(network)
     return network
-
-
-def _to_width(width: int, wanted: int) -> IndexMap:
-    removing = IndexMap.removing(range(wanted, width), width)
-    return removing.inserting(max(wanted - width, 0))
 
 
 def _channel_map(task: Task, width: float) -> ChannelMap:

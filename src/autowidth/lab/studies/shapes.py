@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless
+from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless, write_whole
 from autowidth.lab.loop import Method
 from autowidth.lab.loop_parts import EVALUATED, evaluate
 from autowidth.lab.methods import Task, fresh_network
@@ -178,10 +178,8 @@ class Plan:
         """Appends to the plan, on disk at once."""
         self.trials += trials
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = self.file.with_name(f".{self.file.name}.partial")
         lines = ",\n".join(json.dumps(asdict(trial)) for trial in self.trials)
-        partial_file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        partial_file.replace(self.file)
+        write_whole(self.file, f"[\n{lines}\n]\n")
 
     def extended(self, records: Sequence[Record]) -> bool:
         """Appends what comes next, given all records so far; False where nothing does."""
