@@ -27,6 +27,7 @@ from autowidth.unwrapping import inner_model
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # torch's own, when it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # torch compiles a part, and warns of itself
 ]
 

@@ -23,7 +23,7 @@ from autowidth.lab.saved import open_run
 from autowidth.lab.settings import settings_of
 from test_cli import program
 
-PUBLISHED = os.environ.get("AUTOWIDTH_PUBLISHED")
+PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_what_a_run_brings_cannot_be_given(result: Result) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PUBLISHED is None, reason="AUTOWIDTH_PUBLISHED names no folder")
+@pytest.mark.skipif(PUBLISHED is None, reason="PUBLISHED_CIFAR10 names no folder")
 @pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.9173), (56, 0.9339)])
 def test_published_networks_are_measured_by_the_command(depth: int, accuracy: float) -> None:
     place = Path(PUBLISHED or "")

@@ -159,7 +159,7 @@ def test_settings_that_cannot_differ_are_refused_by_name(tmp_path: Path) -> None
     assert "with lr 0.01" in told[1]
     with pytest.raises(ResumeError, match="nothing that could be gone on with"):
         settings_to_resume(tmp_path / "nowhere", Settings())
-    train(settings(tmp_path / "kept nothing", keep=0))
+    train(settings(tmp_path / "kept nothing", saves=0))
     with pytest.raises(ResumeError, match=r"not the training that it came from.*--weights"):
         settings_to_resume(tmp_path / "kept nothing", Settings())
 

@@ -31,7 +31,7 @@ from autowidth.review.state import corrected_norms, norm_shifts
 from autowidth.shrink import ShrinkError
 from test_cli import called, program
 
-PUBLISHED = os.environ.get("AUTOWIDTH_PUBLISHED")
+PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")
 DIGITS = load("digits", holdout=0.2)
 X = torch.zeros(2, 1, 8, 8)
 
@@ -305,7 +305,7 @@ def test_a_terminal_shows_a_bar_that_moves(trained: nn.Module, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PUBLISHED is None, reason="AUTOWIDTH_PUBLISHED names no folder")
+@pytest.mark.skipif(PUBLISHED is None, reason="PUBLISHED_CIFAR10 names no folder")
 def test_a_published_network_keeps_most_of_its_accuracy(tmp_path: Path) -> None:
     place = Path(PUBLISHED or "")
     settings = settings_of({

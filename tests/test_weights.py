@@ -31,7 +31,7 @@ from autowidth.lab.weights import WeightsError, load_weights_, read_weights
 from autowidth.version import __version__
 from test_cli import program
 
-PUBLISHED = os.environ.get("AUTOWIDTH_PUBLISHED")
+PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")
 """A folder with the published files (pretrained-cifar10) and CIFAR-10 (cifar10-raw)."""
 
 
@@ -398,7 +398,7 @@ def test_images_are_scaled_as_asked() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PUBLISHED is None, reason="AUTOWIDTH_PUBLISHED names no folder")
+@pytest.mark.skipif(PUBLISHED is None, reason="PUBLISHED_CIFAR10 names no folder")
 @pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.9173), (32, 0.9263), (44, 0.9310), (56, 0.9339)])
 def test_published_files_have_their_published_accuracy(depth: int, accuracy: float) -> None:
     folder = Path(PUBLISHED or "")

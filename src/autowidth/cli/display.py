@@ -14,7 +14,7 @@ from rich.table import Table
 from autowidth.cost import macs_cost
 from autowidth.history import Event
 from autowidth.lab.policies import reviewed
-from autowidth.lab.result import Progress, Result
+from autowidth.lab.result import Kept, Progress, Result
 from autowidth.lab.settings import Settings
 from autowidth.report.words import decided, reason_for_no_removal
 from autowidth.report.words import short as short  # other commands take it from here
@@ -94,7 +94,8 @@ class Screen(Lines):
         loss = "" if p.loss is None else f"loss {p.loss:.4f}, "
         reviews = f"{p.reviews} reviews" if p.reviews != 1 else "1 review"
         now = f"{loss}MACs {p.macs / p.macs_start:.1%}, {reviews if reviewed(self.settings.policy) else 'no reviews'}"
-        self.bar.update(self.task, completed=p.epochs * p.step // p.total_steps, description=now)
+        done = p.epochs * p.step // p.total_steps
+        self.bar.update(self.task, completed=done, total=p.epochs, description=now)
 
 
 def display_for(console: Console, settings: Settings, *, quiet: bool) -> Silence:
@@ -106,12 +107,37 @@ def display_for(console: Console, settings: Settings, *, quiet: bool) -> Silence
 
 def _opening(settings: Settings, p: Progress) -> str:
     """What is trained in a line, and on what images in another."""
-    aim = settings.policy.aim
+    aim = aim_of(settings)
     start = f"{short(p.macs_start)} MACs, {short(p.params_start)} parameters"
     if p.accuracy_start is not None:
         start += f", {p.accuracy_start:.2%} with the weights of {settings.weights}"
     run = f"{settings.model} on {settings.data}, seed {settings.seed}: from {start}, {aim}, in {p.epochs} epochs"
     return "\n".join(filter(None, (run, _fine_tuning(settings), p.data)))
+
+
+def aim_of(settings: Settings) -> str:
+    """Where the run leads, for people."""
+    if settings.keep_nats is not None:
+        return f"as small as costs at most {settings.keep_nats:g} nats"
+    if settings.keep is not None:
+        return f"as small as costs at most {settings.keep:g} points"
+    return str(settings.policy.aim)
+
+
+def promise(kept: Kept) -> str:
+    """What was promised, how the result stands beside the whole network, and how it is known, in two lines."""
+    tolerated = f"{kept.points:g} points" if kept.nats is None else f"{kept.nats:g} nats"
+    tried = len(kept.attempts)
+    stayed = sum(attempt.stays for attempt in kept.attempts)
+    known = f"{stayed} of {tried} attempt{'s' * (tried != 1)} stayed" if tried else "no attempt was worth its time"
+    lines = [
+        f"the whole network has {kept.accuracy:.2%}: {100 * kept.difference:+.2f} ± {100 * kept.standard_error:.2f} "
+        f"points (standard error); at most {tolerated} were to be lost, and {known}"
+    ]
+    if not stayed:
+        why = kept.attempts[-1].judged if tried else "its loss leaves nothing to give away in the time that there is"
+        lines.append(f"the whole network is kept, nothing was removed: {why}")
+    return "\n".join(lines)
 
 
 def _fine_tuning(settings: Settings) -> str:
@@ -164,13 +190,14 @@ def closing(result: Result, *, written: str) -> str:
     what = "accuracy" if r.part == "test" else "held-out accuracy"
     share = f"{r.review_seconds / r.seconds:.1%} of it in {r.reviews} reviews" if r.reviews else "no reviews"
     timed = f", {r.latency_ms:.3g} ms an image instead of {r.latency_ms_start:.3g}" if r.latency_ms else ""
-    reason = reason_for_no_removal(r.history) if r.reviews else None
+    reason = reason_for_no_removal(r.history) if r.reviews and not r.kept else None
     nothing = f"\nnothing was removed: {escape(reason)}" if reason else ""
     moved = f", {r.removed} filters removed, {r.inserted} inserted ({r.inserted_alive} alive)" if r.reviews else ""
     before = "" if r.accuracy_start is None else f" ({r.accuracy_start:.2%} before training)"
+    kept = f"\n{promise(r.kept)}" if r.kept else ""
     return (
         f"[bold]{what} {r.accuracy:.2%}{before} with {r.macs / r.macs_start:.1%} of the MACs and "
         f"{r.params / r.params_start:.1%} of the parameters[/bold] of the starting network{timed}{moved}; "
-        f"{r.seconds:.1f} s, {share}{nothing}\n"
+        f"{r.seconds:.1f} s, {share}{nothing}{kept}\n"
         f"written to {escape(str(r.out))}: model.safetensors, run.json, history.jsonl{written}"
     )

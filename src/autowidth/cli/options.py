@@ -20,16 +20,17 @@ from autowidth.review.effort import Effort
 
 Command = Callable[..., None]
 
-BASIC = ("model", "data", "weights", "epochs", "batch_size", "lr", "seed", "out")
+BASIC = ("model", "data", "weights", "epochs", "batch_size", "lr", "seed", "keep", "out")
 """Settings that stand first in the help, beside a command's own options."""
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Pictures": ("size", "augment", "normalize", "holdout", "limit", "pool", "skip_corrupt", "stream_above", "workers"),
     "Starting network": ("width", "new_head"),
+    "As small as costs nothing": ("keep_nats", "keep_time"),
     "Training": (
         "optimizer", "schedule", "warmup", "cycles", "momentum", "weight_decay", "label_smoothing", "ema", "looks",
     ),
-    "Saving": ("save_every", "keep", "rescue", "bad_steps"),
+    "Saving": ("save_every", "saves", "rescue", "bad_steps"),
     "Machine": ("device", "threads", "bf16", "compile", "compile_share", "channels_last"),
 }  # fmt: skip
 """Settings by the heading that they stand under in the help."""

@@ -17,14 +17,19 @@ from autowidth.cli.door import door
 from autowidth.cli.logs import Logs, logs_for
 from autowidth.cli.options import NESTED, all_settings, given, merged, settings_options
 from autowidth.cli.recording import Recorder
+from autowidth.lab.attempts import train_kept
 from autowidth.lab.loop import train
-from autowidth.lab.policies import from_options
+from autowidth.lab.policies import TargetError, from_options
 from autowidth.lab.prepare import free_folder
-from autowidth.lab.result import Progress
+from autowidth.lab.result import Progress, Result
 from autowidth.lab.resuming import settings_to_resume, unfinished_at
 from autowidth.lab.settings import Settings, settings_from
 from autowidth.lab.torchrun import is_first, joined, left_by_a_restart
 from autowidth.policy import POLICIES
+from autowidth.policy import Auto as AutoPolicy
+
+KEEP = 0.5
+"""Points of accuracy that may be lost where no target is given."""
 
 
 def listed(names: Sequence[str]) -> str:
@@ -34,8 +39,10 @@ def listed(names: Sequence[str]) -> str:
 
 EXAMPLES = f"""[bold]Examples[/bold]
 
-digits, ResNet-20, as wide as the digits need, about a minute:
+digits, ResNet-20, as small as costs nothing, about two minutes:
   autowidth train
+as small as costs at most two points of accuracy:
+  autowidth train --keep 2
 the same, ending at half of the MACs:
   autowidth train --macs 0.5
 the same run without reviews, for comparison:
@@ -86,7 +93,7 @@ Latency = Annotated[
 LatencyMs = Annotated[float | None, typer.Option(help="the same in milliseconds")]
 Price = Annotated[float | None, typer.Option(help="end where a MAC earns what it costs: nats for all starting MACs")]
 Auto = Annotated[
-    bool, typer.Option("--auto", help="as wide as the data justify; this is what happens without any target")
+    bool, typer.Option("--auto", help="as wide as the data justify, found while it trains; may cost accuracy")
 ]
 Policy = Annotated[
     str | None,
@@ -129,9 +136,31 @@ def command(
         if resume is None and settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
         resume = resume or left_by_a_restart(settings.out)
-        if resume is not None:
-            settings = settings_to_resume(resume, settings)
+        named = bool(aim)
+        settings = promised(settings, named=named) if resume is None else settings_to_resume(resume, settings)
         _run(settings, resume, tensorboard, mlflow, as_json=as_json, quiet=quiet)
+
+
+def promised(settings: Settings, *, named: bool) -> Settings:
+    """The settings with what is promised where nothing else says where the run ends: as small as costs nothing.
+
+    `named`: whether an option does. Raises TargetError where both are asked for.
+    """
+    asks = settings.keep is not None or settings.keep_nats is not None
+    elsewhere = named or ("policy" in settings.model_fields_set and not isinstance(settings.policy, AutoPolicy))
+    if asks and elsewhere:
+        raise TargetError("--keep and a target each choose where the run ends: keep one of them")
+    if settings.keep is not None and settings.keep_nats is not None:
+        raise TargetError("--keep and --keep-nats each say what may be lost: keep one of them")
+    if asks or named or "policy" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"keep": KEEP})
+
+
+def _trained(settings: Settings, **more: Any) -> Result:
+    """The result of a run: as small as costs nothing where that is promised, else as its policy has it."""
+    kept = settings.keep is not None or settings.keep_nats is not None
+    return (train_kept if kept else train)(settings, **more)
 
 
 def _shown(viewers: tuple[Recorder | Silence | Logs, ...], progress: Progress) -> None:
@@ -147,14 +176,14 @@ def _run(
     console = console_for(stderr=as_json)
     with joined(settings) as mine:
         if not is_first():
-            train(mine, resume=resume)
+            _trained(mine, resume=resume)
             return
         out = mine.out or default_folder(mine)
         display, recorder = display_for(console, mine, quiet=quiet), Recorder(out, mine, resume=resume)
         with logs_for(mine, out, tensorboard=tensorboard, mlflow=mlflow) as logs, recorder:
             viewers = (recorder, display, logs)
             with display:
-                result = train(mine, report=partial(_shown, viewers), watch=recorder.watch, resume=resume)
+                result = _trained(mine, report=partial(_shown, viewers), watch=recorder.watch, resume=resume)
             unwritten = recorder.finish(Path(result.out or out))
     if not quiet:
         console.print(groups_table(result))

@@ -57,16 +57,17 @@ class Keeper:
     """Saves the training of a run every few minutes. Where the disk refuses it says so once, and tries again.
 
     `parts` are the loop and all that is saved with it, `about` says what goes into run.json, `say` takes a sentence for
-    the user. Without a folder, or with keep = 0, it does nothing.
+    the user, `named` is the folder that they know the run by, where it is another one. Without a folder, or with saves
+    = 0, it does nothing.
     """
 
     def __init__(
         self, settings: Settings, engine: AutoWidth, *, parts: Mapping[str, Any],
-        about: Callable[[], dict[str, Any]], say: Callable[[str], None],
+        about: Callable[[], dict[str, Any]], say: Callable[[str], None], named: Path | None = None,
     ) -> None:  # fmt: skip
-        self.out = settings.out
-        self.folder = settings.out / TRAINING if settings.out is not None and settings.keep else None
-        self.keep, self.rescue = settings.keep, settings.rescue
+        self.out, self.named = settings.out, named or settings.out
+        self.folder = settings.out / TRAINING if settings.out is not None and settings.saves else None
+        self.keep, self.rescue = settings.saves, settings.rescue
         self.every = 60 * settings.save_every
         self.engine, self.parts, self.about, self.say = engine, parts, about, say
         self.first = True
@@ -108,11 +109,12 @@ class Keeper:
         """Saves, and says what is on the disk now."""
         if self.out is None or self.folder is None:
             return "nothing was written"
+        place = self.named or self.out
         if not finite:
             kept = "go on from the last step that was saved" if not self.first else "nothing was written"
-            return f"its last losses were not finite: {kept}" + ("" if self.first else _resuming(self.out))
+            return f"its last losses were not finite: {kept}" + ("" if self.first else _resuming(place))
         if self.save():
-            return f"go on{_resuming(self.out)}"
+            return f"go on{_resuming(place)}"
         try:
             place, _ = anywhere(self.out, self.rescue, lambda place: self._write(place / TRAINING, keep=1))
         except NowhereError as error:

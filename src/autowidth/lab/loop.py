@@ -40,6 +40,7 @@ from autowidth.lab.keeping import Keeper, NowhereError, anywhere
 from autowidth.lab.lock import locked
 from autowidth.lab.loop_parts import (
     PROBED,
+    Lesson,
     cpu_threads,
     evaluated_at_once,
     fitted_convolutions,
@@ -75,13 +76,15 @@ class Method:
 
     policy: None for that of the settings. importance: None for our worth. reconstruct: whether readers are refitted by
     least squares to what is left of their inputs, where filters are removed. rule: what is done to the weights while
-    they train, until the policy's last review.
+    they train, until the policy's last review. teacher: a network whose scores are learnt beside the labels (Hinton et
+    al. 2015); it stays as it is.
     """
 
     policy: Policy | None = None
     importance: Importance | None = None
     reconstruct: bool = True
     rule: TrainingRule | None = None
+    teacher: nn.Module | None = None
 
 
 Watch = Callable[[AutoWidth], None]
@@ -101,13 +104,15 @@ def train(
     network: nn.Module | None = None,
     images: ImageSet | None = None,
     resume: Path | None = None,
+    named: Path | None = None,
 ) -> Result:
     """Trains a network by these settings and returns what came out; with `out` set, writes it there.
 
     `method` says otherwise where it says something; `network` is what training starts from, None for a fresh one as
     the settings name it; `images` are those that the settings name, for callers who hold them already; `watch` is
     called with the engine after every step, behind the review if one took place. `resume` is the folder of a run that
-    is gone on with (see `settings_to_resume`). Seeds the global generators of Python, numpy and torch.
+    is gone on with (see `settings_to_resume`), `named` the folder by which people name the run, where it is part of
+    another. Seeds the global generators of Python, numpy and torch.
 
     With `out`, the training is saved every few minutes, and Ctrl-C and SIGTERM save it too and raise Interrupted and
     Terminated. Where `out` takes no result, it is written to the rescue folder or a temporary one, and `Result.out`
@@ -127,7 +132,8 @@ def train(
         seed_everything(settings.seed)
         with cpu_threads(threads_of(settings, images)), fitted_convolutions():
             network = (network or _network(settings, images, taken_up)).to(device)
-            return _followed(_Run(settings, images, network, method or Method(), report), taken_up, watch)
+            run = _Run(settings, images, network, method or Method(), report, named or settings.out)
+            return _followed(run, taken_up, watch)
 
 
 def _followed(run: _Run, taken_up: Unfinished | None, watch: Watch) -> Result:
@@ -167,19 +173,21 @@ class _Run:
     """The loop and what it holds."""
 
     def __init__(
-        self, settings: Settings, images: ImageSet, network: nn.Module, method: Method, report: Report
-    ) -> None:
+        self, settings: Settings, images: ImageSet, network: nn.Module, method: Method, report: Report,
+        named: Path | None,
+    ) -> None:  # fmt: skip
         policy = method.policy or settings.policy
-        self.settings, self.report, self.rule = settings, report, method.rule
+        self.settings, self.report, self.rule, self.named = settings, report, method.rule, named
         self.network = network
         self.device = images.train.images.device
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         network.to(memory_format=self.format)  # type: ignore[call-overload]
-        self.model, self.steps = wrapped(network), Steps(settings.out)
+        self.model, self.steps = wrapped(network), Steps(named)
         self.images, self.about = images, str(images)
         self.batches = shared(images.training_batches(settings.batch_size, seed=settings.seed))
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.loss_fn = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
+        self.taught = None if method.teacher is None else Lesson(method.teacher, self.loss_fn)
         self.total_steps = settings.epochs * len(self.batches)
         self.optimizer = optimizer_of(network, settings)
         self.schedule = LambdaLR(self.optimizer, self._rate)
@@ -196,7 +204,7 @@ class _Run:
         self.is_written = False
         self.finite = FiniteCheck(network, most=settings.bad_steps, remedy=self._remedy, say=self._say)
         parts = {"loop": self.standing, "batches": self.batches, "schedule": self.schedule}
-        self.keeper = Keeper(settings, self.engine, parts=parts, about=self._description, say=self._say)
+        self.keeper = Keeper(settings, self.engine, parts=parts, about=self._description, say=self._say, named=named)
 
     def _paced(self, policy: Policy) -> PacedLoss:
         """The training loss, compiled where that pays."""
@@ -370,7 +378,8 @@ class _Run:
 
     def _loss_of(self, x: Tensor, y: Tensor) -> Tensor:
         """The training loss, a scalar, of images (B, C, H, W) and labels (B,)."""
-        return self.loss_fn(self.model(x), y)
+        scores = self.model(x)
+        return self.loss_fn(scores, y) if self.taught is None else self.taught(scores, x, y)
 
     def _follow(
         self, averages: list[Tensor] | tuple[Tensor, ...], values: list[Tensor] | tuple[Tensor, ...], _: object
@@ -411,7 +420,7 @@ class _Run:
         lower = f"lower lr, which is {self.settings.lr:g}"
         if self.keeper.first:
             return lower
-        return f"{lower}, from the last step that was saved: autowidth train --resume {self.settings.out} --lr ..."
+        return f"{lower}, from the last step that was saved: autowidth train --resume {self.named} --lr ..."
 
     def _description(self) -> dict[str, Any]:
         """What a save says of its run, beside what a finished one says."""

@@ -73,6 +73,25 @@ def threads_of(settings: Settings, images: ImageSet) -> int | None:
     return settings.threads or (1 if min(images.image_shape[1:]) < SMALL else None)
 
 
+class Lesson:
+    """The loss of a network that learns from a teacher as well as from labels: distillation, Hinton et al. 2015.
+
+    (1 - SHARE) x the loss of the labels + SHARE x WARMTH^2 x KL(teacher || network), of scores divided by WARMTH.
+    """
+
+    SHARE, WARMTH = 0.7, 2.0
+
+    def __init__(self, teacher: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.teacher, self.loss_fn = teacher.eval(), loss_fn
+
+    def __call__(self, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """A scalar, of scores (B, classes) for images (B, C, H, W) with labels (B,)."""
+        with torch.no_grad():
+            wanted = F.softmax(self.teacher(x).float() / self.WARMTH, 1)
+        told = F.kl_div(F.log_softmax(scores.float() / self.WARMTH, 1), wanted, reduction="batchmean")
+        return (1 - self.SHARE) * self.loss_fn(scores, y) + self.SHARE * self.WARMTH**2 * told
+
+
 def evaluated_at_once(settings: Settings, images: ImageSet) -> int:
     """The images to evaluate together: a batch where they are read as they are used, for large ones may not fit."""
     streams = any(isinstance(split.images, Pictures) for split in (images.train, images.test))

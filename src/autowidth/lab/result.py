@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -59,6 +59,44 @@ def silent(progress: Progress) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What became of a narrower network.
+
+    aim, macs: shares of the whole network's MACs, as tried and as reached. epochs: that it was trained for. judged: how
+    it stood beside the whole network, in words. stays: whether it was kept.
+    """
+
+    aim: float
+    macs: float
+    epochs: int
+    judged: str
+    stays: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a run promised, and how it knows that it kept it.
+
+    points, nats: what was tolerated; one of them. accuracy: of the whole network, on the images of the result's own.
+    difference: the result's accuracy less that one, a share; standard_error: of this difference, from image to image.
+    seconds: that training the whole network took.
+    """
+
+    points: float | None
+    nats: float | None
+    accuracy: float
+    difference: float
+    standard_error: float
+    attempts: tuple[Attempt, ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, in what JSON can hold."""
+        return asdict(self) | {"attempts": [asdict(attempt) for attempt in self.attempts]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resized:
     """A network with its new widths, its channel map and what was done to it. A run is written of it."""
 
@@ -69,7 +107,9 @@ class Resized:
     def as_json(self) -> dict[str, Any]:
         """All that JSON can hold: everything but the network and its channel map; of the history, its digest."""
         names = [f.name for f in fields(self) if f.name not in ("network", "channel_map", "history")]
-        return {name: getattr(self, name) for name in names} | {"history": self.history.digest()}
+        table = {name: getattr(self, name) for name in names}
+        plain = {name: value.as_json() for name, value in table.items() if isinstance(value, Kept)}
+        return table | plain | {"history": self.history.digest()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +122,8 @@ class Result(Resized):
     `cpu_seconds` the processor time of the loop, on which other processes of a busy machine weigh less.
     `latency_ms` is what a forward pass of one image takes, None where the policy does not bound it.
     `inserted_alive` counts inserted filters that are still there, `skipped` images that were left out because they
-    cannot be read. `network` is the averaged copy where there is one.
+    cannot be read. `network` is the averaged copy where there is one. `kept` is what a run promised whose network is
+    to be as small as costs nothing, else None.
     """
 
     model: str
@@ -113,3 +154,4 @@ class Result(Resized):
     widths: dict[str, int]
     out: str | None
     compile_seconds: float = 0.0
+    kept: Kept | None = None

@@ -19,7 +19,7 @@ from autowidth.lab.data.decoding import MOST_PIXELS
 from autowidth.lab.prepare import built
 from autowidth.lab.result import Resized
 from autowidth.lab.scaling import Scaling
-from autowidth.lab.settings import Settings, settings_of
+from autowidth.lab.settings import Settings, renamed, settings_of
 from autowidth.version import __version__
 from autowidth.widths import WIDTHS, widths_of
 
@@ -65,7 +65,7 @@ def table_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     run = _described(path)
     *_, scaling = _said(run)
-    settings = settings_of(run.extra["settings"])
+    settings = settings_of(renamed(run.extra["settings"]))
     kept = {name: getattr(settings, name) for name in KEPT}
     return {**kept, "weights": run.folder, "normalize": scaling}
 
@@ -102,7 +102,7 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
     """
     run = _described(path)
     channels, height, width, classes, scaling = _said(run)
-    settings = settings_of(run.extra["settings"])
+    settings = settings_of(renamed(run.extra["settings"]))
     network = built(settings.model, (channels, height, width), len(classes), width=settings.width)
     example = torch.zeros(2, channels, height, width)
     channel_map = load_(network, run.folder, example_inputs=example)

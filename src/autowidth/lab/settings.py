@@ -125,6 +125,21 @@ class Settings(PolicySettings):
     workers: int | None = Field(
         None, ge=0, le=1024, description="processes that decode streamed images; not given: one per core, at most 8"
     )
+    keep: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="as small as costs no more than this many points of accuracy against the whole network; what "
+        "happens, with 0.5, where no target is given",
+    )
+    keep_nats: float | None = Field(None, ge=0, description="the same in nats of loss, instead of points")
+    keep_time: float = Field(
+        1.3,
+        ge=1,
+        le=100,
+        description="what that may take, as a multiple of the time that the whole network takes; one attempt is made "
+        "for each 0.3 beyond 1",
+    )
     out: Path | None = Field(None, description="folder that the run is written to")
     rank_timeout: float = Field(
         600.0, gt=0, description="seconds that a process of several waits for the others before it gives up"
@@ -135,7 +150,7 @@ class Settings(PolicySettings):
         description="minutes between two saves of the training as it stands; 0: only when it is interrupted and at the "
         "end",
     )
-    keep: int = Field(
+    saves: int = Field(
         2, ge=0, description="how many of these saves stay; 0 saves none, and what is interrupted is lost"
     )
     rescue: Path | None = Field(
@@ -161,6 +176,13 @@ class Settings(PolicySettings):
         found = handler(completed(table))
         found.model_fields_set.intersection_update(table)
         return found
+
+
+def renamed(table: Any) -> Any:
+    """The settings that a run has kept, with those that are called otherwise now: `saves` was `keep`."""
+    if isinstance(table, dict) and "keep" in table and "saves" not in table:
+        return {("saves" if name == "keep" else name): value for name, value in table.items()}
+    return table
 
 
 Table: TypeAlias = Mapping[str, Any]

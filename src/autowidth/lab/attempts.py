@@ -1,0 +1,406 @@
+"""As small as costs nothing: a network is trained whole, then narrowed and trained on, and goes back where that costs.
+
+The order of events (docs/decisions/014):
+
+    train the whole network, as if nobody wanted it smaller: the reference      # or take the weights that were brought
+    while there is time for an attempt:
+        a share of the MACs that may do            # guessed from the loss at first, then from what became of the last
+        remove filters at once, down to that share
+        train on for a part of the epochs, from half of the peak rate down, taught by the reference as well
+        judge: no worse than the reference by more than is tolerated?           # never on test images
+            yes: the next attempt starts from here;  no: it starts from where this one did
+    what was kept last is the result, beside the accuracy of the reference
+
+Every part is a run of its own below the folder of the whole one, so that what is killed goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from autowidth.checkpoint import RUN, load_, read_run
+from autowidth.cost import macs_cost
+from autowidth.engine import AutoWidth
+from autowidth.history import History
+from autowidth.lab.data import ImageSet
+from autowidth.lab.judging import Evidence, Judge, difference, seen
+from autowidth.lab.keeping import TRAINING, anywhere
+from autowidth.lab.lock import locked
+from autowidth.lab.loop import Method, train
+from autowidth.lab.loop_parts import evaluated_at_once
+from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
+from autowidth.lab.result import Attempt, Kept, Progress, Report, Result, silent
+from autowidth.lab.resuming import WHOLE, begin_row, check_anew, parts_of
+from autowidth.lab.saved import save_run
+from autowidth.lab.settings import Settings
+from autowidth.layers import layers_of
+from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
+from autowidth.trace import trace
+
+JUDGED = 500
+"""Pictures that are judged at once."""
+
+EACH = 0.3
+"""Of the time that training the whole network takes, what one attempt may take; as many are made as there is time."""
+
+MOST, LEAST = 0.6, 0.06
+"""Of the epochs of the whole network, the share that an attempt trains for at most, and below which none is made."""
+
+RATES = (0.2, 0.5)
+"""Of the peak learning rate, where an attempt begins that removes next to nothing, and one that removes next to all;
+it falls to 0 along half a cosine."""
+
+FIXED = 0.3
+"""Of a step of the whole network, the part that takes its time however narrow a network is."""
+
+TEACHER = 1 / 3
+"""What the reference's own forward pass adds to a step, as a share of a step of the whole network."""
+
+REVIEWS = 0.04
+"""What the reviews of an attempt take, as a share of the time of the whole network."""
+
+EXPONENT = 0.3
+"""Of the power law of loss and size by which the first attempt is guessed: for short training after a removal."""
+
+HEALING = 100
+"""Optimizer steps after which a network of half the MACs is itself again, and one of a third after twice as many."""
+
+SMALLEST, LARGEST = 0.1, 0.9
+"""Shares of the MACs that an attempt may aim at: below, too little is known; above, too little is won."""
+
+LAYOUT = Schedule(count=2, begin=0.0, end=0.03)
+"""When an attempt removes filters: nearly at once, in two steps, the second of which knows what the first one left."""
+
+
+def first_share(loss: float, allowed: float) -> float:
+    """The share of the MACs at which a network of this loss loses as many nats as are allowed, by a power law.
+
+    loss ~ MACs ** -EXPONENT, so that a network whose loss is next to nothing may become very small. Between SMALLEST
+    and LARGEST.
+    """
+    share: float = (1 + allowed / max(loss, 1e-6)) ** (-1 / EXPONENT)
+    return min(max(share, SMALLEST), LARGEST)
+
+
+def healed_share(steps: int) -> float:
+    """The least share of the MACs at which so many steps make up for a removal."""
+    return 1 / (1 + steps / HEALING)
+
+
+def epochs_for(share: float, time: float, epochs: int) -> int:
+    """How many epochs an attempt at this share of the MACs may train for in so much of the whole network's time.
+
+    `epochs` are those of the whole network; 0 where there is no time for a useful number.
+    """
+    part = min((time - REVIEWS) / (FIXED + (1 - FIXED) * share + TEACHER), MOST)
+    return max(round(part * epochs), 1) if part >= LEAST else 0
+
+
+class _Course:
+    """What a row of runs looks like to whoever looks on: one run, whose epochs and steps go on."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.last: Progress | None = None
+        self.offset = {"epoch": 0, "step": 0, "reviews": 0, "seconds": 0.0}
+        self.start: Progress | None = None
+
+    def next_part(self) -> None:
+        """What follows goes on behind what was."""
+        if self.last is not None:
+            self.offset = {name: getattr(self.last, name) for name in self.offset}
+
+    def show(self, progress: Progress) -> None:
+        """Reports, counted from the start of the first part; of later parts the start is no start."""
+        self.start = self.start or progress
+        offset, start = self.offset, self.start
+        moved = {name: getattr(progress, name) + offset[name] for name in offset}
+        shown = replace(
+            progress, **moved, epochs=progress.epochs + int(offset["epoch"]), macs_start=start.macs_start,
+            total_steps=progress.total_steps + int(offset["step"]), params_start=start.params_start,
+            accuracy_start=start.accuracy_start,
+        )  # fmt: skip
+        self.last = shown
+        if progress.moment != "start" or progress is start:
+            self.report(shown)
+
+    def passed(self, result: Result, *, about: str, steps: int) -> None:
+        """A part that is over already, and was not shown by its loop."""
+        self.show(
+            Progress(
+                moment="start", data=about, epoch=result.epochs, epochs=result.epochs, step=steps, total_steps=steps,
+                loss=None, accuracy=result.accuracy, accuracy_start=result.accuracy_start, macs=result.macs,
+                macs_start=result.macs_start, params=result.params, params_start=result.params_start,
+                widths=result.widths, event=None, reviews=result.reviews, seconds=result.seconds,
+            )
+        )  # fmt: skip
+
+    def say(self, sentence: str) -> None:
+        """Tells a sentence."""
+        assert self.last is not None, "the first part has begun"
+        self.report(replace(self.last, moment="notice", notice=sentence))
+
+    def back_to(self, result: Result, accuracy: float) -> None:
+        """The state that stays, where it is not the one that was shown last."""
+        if self.last is not None and (self.last.macs, self.last.params) != (result.macs, result.params):
+            back = replace(
+                self.last, moment="epoch", macs=result.macs, params=result.params, accuracy=accuracy,
+                widths=result.widths, notice=None,
+            )  # fmt: skip
+            self.report(back)
+
+
+def train_kept(
+    settings: Settings,
+    *,
+    report: Report = silent,
+    watch: Callable[[AutoWidth], None] = lambda engine: None,
+    network: nn.Module | None = None,
+    images: ImageSet | None = None,
+    resume: Path | None = None,
+) -> Result:
+    """Trains by these settings, and makes the network as small as costs no more than `settings.keep` points.
+
+    The result's `kept` says what was promised, what the whole network reached, and every attempt. With `out` set, that
+    folder holds the result as a run, and below it, in `whole`, the network that was trained whole. `resume` is the
+    folder of a run that was broken off. Raises as `autowidth.lab.loop.train` does.
+    """
+    if settings.out is not None:
+        check_folder(settings.out)
+    with locked(settings.out):
+        images = (images or load_images(settings)).to(find_device(settings.device))
+        row = _Row(settings, images, _Course(report), watch, resume)
+        try:
+            return row.written(row.followed(network))
+        except BaseException:
+            if settings.out is not None and not parts_of(settings.out):
+                shutil.rmtree(settings.out / TRAINING, ignore_errors=True)
+            raise
+
+
+class _Row:
+    """The runs of one promise: the whole network, then the attempts."""
+
+    def __init__(
+        self, settings: Settings, images: ImageSet, course: _Course, watch: Callable[[AutoWidth], None],
+        resume: Path | None,
+    ) -> None:  # fmt: skip
+        self.settings, self.images, self.course, self.watch = settings, images, course, watch
+        at_once = min(JUDGED, evaluated_at_once(settings, images))
+        self.judge = Judge(images, points=settings.keep, nats=settings.keep_nats, at_once=at_once)
+        self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
+        self.device = images.train.labels.device
+        self.attempts: list[Attempt] = []
+        self.found: list[tuple[Result, bool]] = []  # what became of them, and whether it stays
+        self.earlier = {} if resume is None else parts_of(resume)
+        if resume is None and settings.out is not None:
+            check_anew(settings.out)
+            begin_row(settings.out, settings)
+
+    # ---- its parts
+
+    def _part(self, name: str, changes: dict[str, Any], method: Method, network: nn.Module) -> Result:
+        """One run, below the folder of all; taken from there where it is finished, gone on with where it is not."""
+        out = None if self.settings.out is None else self.settings.out / TRAINING / name
+        settings = self.settings.model_copy(update={**changes, "out": out})
+        self.course.next_part()
+        begun = self.earlier.get(name)
+        if begun is not None and (begun / RUN).exists():
+            return self._finished(begun, network)
+        return train(
+            settings, report=self.course.show, watch=self.watch, method=method, network=network, images=self.images,
+            resume=begun, named=self.settings.out,
+        )  # fmt: skip
+
+    def _finished(self, out: Path, network: nn.Module) -> Result:
+        """The result of a part that was finished earlier; the network takes its widths and weights."""
+        run = read_run(out)
+        channel_map = load_(network, out, example_inputs=torch.zeros(2, *self.images.image_shape))
+        table = {name: value for name, value in run.extra["result"].items() if name not in ("history", "kept")}
+        history = run.history()
+        assert history is not None, "the loop saves one"
+        result = Result(**table, network=network.to(self.device), channel_map=channel_map, history=history)
+        self.course.passed(result, about=str(self.images), steps=self._each * result.epochs)
+        return result
+
+    def followed(self, network: nn.Module | None) -> Result:
+        """All parts; the result, with what is known of the whole network."""
+        settings = self.settings
+        if network is None:
+            torch.manual_seed(settings.seed)
+            network = build_network(settings, self.images)
+        if settings.weights is None:
+            whole = self._part(WHOLE, {"policy": Never()}, Method(policy=Never()), network)
+        else:
+            whole = self._brought(network.to(self.device))
+        reference = self.judge.seen(whole.network)
+        kept, share, left = whole, 1.0, settings.keep_time - 1
+        aim = self._first_aim(reference.loss)
+        while aim <= LARGEST and left > 0 and (epochs := self._epochs(aim, left)):
+            found = self._attempt(kept, aim / share, epochs, whole)
+            if found is None:
+                break
+            left -= EACH
+            stays = self._judged(found, reference, aim, epochs, whole)
+            kept, share = (found, found.macs / whole.macs) if stays else (kept, share)
+            aim = max(share / 2, SMALLEST) if stays else math.sqrt(aim * share)
+            if aim >= 0.95 * share:
+                break
+        return self._result(kept, whole)
+
+    def _first_aim(self, loss: float) -> float:
+        """The share of the MACs of the first attempt: what the loss allows, and what there are steps for."""
+        aim = first_share(loss, self.judge.allowed)
+        return max(aim, healed_share(self._each * self._epochs(aim, self.settings.keep_time - 1)))
+
+    def _epochs(self, aim: float, left: float) -> int:
+        """For how long an attempt trains: a part of the run, or, where the whole network was brought, all of it."""
+        if self.settings.weights is not None:
+            return self.settings.epochs
+        return epochs_for(aim, min(left, EACH), self.settings.epochs)
+
+    def _brought(self, network: nn.Module) -> Result:
+        """The network with the weights that were brought, which is the reference as it is."""
+        settings, images = self.settings, self.images
+        began, worked = time.perf_counter(), time.process_time()
+        found = seen(network, images.plain_batches(self.part, evaluated_at_once(settings, images)))
+        channel_map = trace(network, torch.zeros(2, *images.image_shape, device=self.device))
+        widths, macs = channel_map.widths, round(macs_cost(channel_map).at(channel_map.widths))
+        params = sum(parameter.numel() for parameter in network.parameters())
+        result = Result(
+            model=settings.model, data=images.name, part=self.part, seed=settings.seed, epochs=0,
+            accuracy=found.accuracy, accuracy_start=found.accuracy, loss=found.loss, macs=macs, macs_start=macs,
+            params=params,
+            params_start=params, latency_ms=None, latency_ms_start=None, removed=0, inserted=0, inserted_alive=0,
+            skipped=len(images.skipped), reviews=0, seconds=time.perf_counter() - began,
+            cpu_seconds=time.process_time() - worked, review_seconds=0.0, device=str(self.device),
+            threads=torch.get_num_threads(), widths_start=widths, widths=widths, out=None, network=network,
+            channel_map=channel_map, history=History(widths, layers=layers_of(channel_map)),
+        )  # fmt: skip
+        self.course.passed(result, about=str(images), steps=0)
+        return result
+
+    def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:
+        """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
+        settings, number = self.settings, len(self.attempts) + 1
+        policy = Budget(macs=aim, schedule=LAYOUT, limits=self._limits())
+        self.course.say(
+            f"attempt {number}: to {aim * start.macs / whole.macs:.0%} of the MACs at once, then {epochs} "
+            f"epoch{'s' * (epochs != 1)} taught by the whole network"
+        )
+        gentle, bold = RATES
+        rate = settings.lr * (1.0 if settings.weights is not None else gentle + (bold - gentle) * (1 - aim))
+        changes = {
+            "policy": policy, "epochs": epochs, "schedule": "cosine", "cycles": 1, "lr": rate, "weights": None,
+            "looks": None,
+        }  # fmt: skip
+        method = Method(policy=policy, teacher=whole.network)
+        try:
+            return self._part(f"attempt-{number}", changes, method, copy.deepcopy(start.network))
+        except BudgetError as error:
+            self.course.say(f"attempt {number} was not made: {error}")
+            return None
+
+    def _limits(self) -> Limits:
+        """What reviews of an attempt may do: as the user's policy has it, but remove at once, and insert nothing."""
+        own = getattr(self.settings.policy, "limits", None)
+        limits = own if isinstance(own, Limits) else Limits()
+        return replace(limits, offer=0.0, max_move=1.0, tolerance=math.inf)
+
+    def _judged(self, found: Result, reference: Evidence, aim: float, epochs: int, whole: Result) -> bool:
+        """Whether what was found stays; says so."""
+        verdict = self.judge.verdict(self.judge.seen(found.network), reference)
+        attempt = Attempt(
+            aim=aim, macs=found.macs / whole.macs, epochs=epochs, judged=verdict.words, stays=verdict.holds,
+            seconds=found.seconds,
+        )  # fmt: skip
+        self.attempts.append(attempt)
+        self.found.append((found, verdict.holds))
+        became = "stays" if verdict.holds else "is taken back"
+        self.course.say(f"attempt {len(self.attempts)}, at {attempt.macs:.1%} of the MACs, {became}: {verdict.words}")
+        return verdict.holds
+
+    # ---- what it comes to
+
+    def _result(self, kept: Result, whole: Result) -> Result:
+        """The network that is kept, with the record of how it came about and of what was promised."""
+        images = self.images.plain_batches(self.part, evaluated_at_once(self.settings, self.images))
+        now, before = (seen(result.network, images) for result in (kept, whole))
+        found = difference(now, before)
+        self.course.back_to(kept, kept.accuracy)
+        runs = [whole, *(result for result, _ in self.found)]
+        history = joined_histories(whole, [result for result, stays in self.found if stays], self._steps())
+        return replace(
+            kept, seed=whole.seed, epochs=sum(run.epochs for run in runs), macs_start=whole.macs_start,
+            accuracy_start=whole.accuracy_start,
+            params_start=whole.params_start, widths_start=whole.widths_start, history=history,
+            removed=history.removed_total, inserted=history.inserted_total, inserted_alive=history.inserted_alive,
+            reviews=len(history), seconds=sum(run.seconds for run in runs), skipped=whole.skipped,
+            cpu_seconds=sum(run.cpu_seconds for run in runs), review_seconds=sum(run.review_seconds for run in runs),
+            compile_seconds=sum(run.compile_seconds for run in runs),
+            out=None if self.settings.out is None else str(self.settings.out),
+            kept=Kept(
+                points=self.settings.keep, nats=self.settings.keep_nats, accuracy=before.accuracy,
+                difference=found.accuracy, standard_error=found.accuracy_error, attempts=tuple(self.attempts),
+                seconds=whole.seconds,
+            ),
+        )  # fmt: skip
+
+    @property
+    def _each(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self.images.training_batches(self.settings.batch_size, seed=self.settings.seed))
+
+    def _steps(self) -> list[int]:
+        """Optimizer steps behind a run when each attempt that stays began."""
+        each, steps = self._each, []
+        before = 0 if self.settings.weights is not None else each * self.settings.epochs
+        for result, stays in self.found:
+            if stays:
+                steps.append(before)
+            before += each * result.epochs
+        return steps
+
+    def written(self, result: Result) -> Result:
+        """Writes the result, and the whole network beside it, and takes away what the parts left."""
+        out = self.settings.out
+        if out is None:
+            return result
+
+        def write(place: Path) -> Result:
+            moved = replace(result, out=str(place))
+            save_run(place, self.settings, self.images, moved)
+            return moved
+
+        place, result = anywhere(out, self.settings.rescue, write)
+        if place != out:
+            self.course.say(f"{out} took nothing: the run was written to {place}")
+            return result
+        whole = out / TRAINING / WHOLE
+        with contextlib.suppress(OSError):  # the result is there: what cannot be moved stays where it is
+            shutil.rmtree(whole / TRAINING, ignore_errors=True)
+            shutil.rmtree(out / WHOLE, ignore_errors=True)
+            if whole.is_dir():
+                whole.rename(out / WHOLE)
+            shutil.rmtree(out / TRAINING)
+        return result
+
+
+def joined_histories(whole: Result, parts: Sequence[Result], steps: Sequence[int]) -> History:
+    """One record of the whole network and of what attempts did to it, each of which began after so many steps."""
+    history = History(whole.history.widths_start, layers=whole.history.layers)
+    for result, before in zip(parts, steps, strict=True):
+        for event in result.history.events:
+            history.append(replace(event, step=event.step + before))
+    return history
