@@ -5,8 +5,8 @@ The order of events (docs/decisions/014):
     train the whole network, as if nobody wanted it smaller: the reference      # or take the weights that were brought
     while there is time for an attempt:
         a share of the MACs that may do            # guessed from the loss at first, then from what became of the last
-        remove filters at once, down to that share
-        train on for a part of the epochs, from half of the peak rate down, taught by the reference as well
+        train a copy on for a part of the epochs, from a part of the peak rate down, taught by the reference as well
+        on the way, early, remove filters in steps, down to that share
         judge: no worse than the reference by more than is tolerated?           # never on test images
             yes: the next attempt starts from here;  no: it starts from where this one did
     what was kept last is the result, beside the accuracy of the reference
@@ -46,6 +46,7 @@ from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
 from autowidth.layers import layers_of
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
+from autowidth.review.effort import Effort
 from autowidth.trace import trace
 
 JUDGED = 500
@@ -76,11 +77,15 @@ EXPONENT = 0.3
 HEALING = 100
 """Optimizer steps after which a network of half the MACs is itself again, and one of a third after twice as many."""
 
-SMALLEST, LARGEST = 0.1, 0.9
+SMALLEST, LARGEST = 0.12, 0.9
 """Shares of the MACs that an attempt may aim at: below, too little is known; above, too little is won."""
 
-LAYOUT = Schedule(count=2, begin=0.0, end=0.03)
-"""When an attempt removes filters: nearly at once, in two steps, the second of which knows what the first one left."""
+STEPS, END, EVERY = 6, 0.3, 40
+"""When an attempt removes filters: in six steps up to three tenths of it, between which the network recovers, or in
+fewer where it is short, one for every forty optimizer steps (docs/decisions/014)."""
+
+UNHINDERED = 1e9
+"""Nats that a plan may cost beyond what was foretold: the judgement at the end decides, no review before it."""
 
 
 def first_share(loss: float, allowed: float) -> float:
@@ -247,7 +252,7 @@ class _Row:
         reference = self.judge.seen(whole.network)
         kept, share, left = whole, 1.0, settings.keep_time - 1
         aim = self._first_aim(reference.loss)
-        while aim <= LARGEST and left > 0 and (epochs := self._epochs(aim, left)):
+        while aim <= LARGEST and left > 1e-9 and (epochs := self._epochs(aim, left)):
             found = self._attempt(kept, aim / share, epochs, whole)
             if found is None:
                 break
@@ -294,16 +299,18 @@ class _Row:
     def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:
         """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
         settings, number = self.settings, len(self.attempts) + 1
-        policy = Budget(macs=aim, schedule=LAYOUT, limits=self._limits())
+        count = min(max(self._each * epochs // EVERY, 1), STEPS)
+        schedule = Schedule(count=count, begin=0.0, end=END)
+        policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
         self.course.say(
-            f"attempt {number}: to {aim * start.macs / whole.macs:.0%} of the MACs at once, then {epochs} "
-            f"epoch{'s' * (epochs != 1)} taught by the whole network"
+            f"attempt {number}: to {aim * start.macs / whole.macs:.0%} of the MACs, in {epochs} epoch{'s' * (epochs != 1)} "
+            "taught by the whole network"
         )
         gentle, bold = RATES
         rate = settings.lr * (1.0 if settings.weights is not None else gentle + (bold - gentle) * (1 - aim))
         changes = {
-            "policy": policy, "epochs": epochs, "schedule": "cosine", "cycles": 1, "lr": rate, "weights": None,
-            "looks": None,
+            "policy": policy, "effort": self._effort(whole, count), "epochs": epochs, "schedule": "cosine",
+            "cycles": 1, "lr": rate, "weights": None, "looks": None,
         }  # fmt: skip
         method = Method(policy=policy, teacher=whole.network)
         try:
@@ -312,11 +319,21 @@ class _Row:
             self.course.say(f"attempt {number} was not made: {error}")
             return None
 
+    def _effort(self, whole: Result, reviews: int) -> Effort:
+        """How much a review of an attempt looks at: what is not given fits the whole network's training."""
+        settings = self.settings
+        samples = self._each * settings.epochs * settings.batch_size
+        groups = len(whole.channel_map.groups)
+        fitted = (settings.effort or Effort()).fitted(samples, reviews, groups=groups, share=REVIEWS)
+        return Effort(
+            probe_samples=fitted.probe_samples, audit_samples=fitted.audit_samples, audit_filters=fitted.audit_filters
+        )
+
     def _limits(self) -> Limits:
         """What reviews of an attempt may do: as the user's policy has it, but remove at once, and insert nothing."""
         own = getattr(self.settings.policy, "limits", None)
         limits = own if isinstance(own, Limits) else Limits()
-        return replace(limits, offer=0.0, max_move=1.0, tolerance=math.inf)
+        return replace(limits, offer=0.0, max_move=1.0, tolerance=UNHINDERED)
 
     def _judged(self, found: Result, reference: Evidence, aim: float, epochs: int, whole: Result) -> bool:
         """Whether what was found stays; says so."""

@@ -27,6 +27,10 @@ BY_HEART, FLAWLESS = 0.12, 80.0
 how often a mistake in a hundred is counted, so that one which makes next to no mistakes must go on making none."""
 
 
+CHANCE = 0.1
+"""Points that a difference on training images may owe to chance, at most: a picture or two."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """What a network makes of pictures, one by one: whether it is right (N,) bool, and its loss (N,), nats."""
@@ -113,7 +117,7 @@ class Judge:
     """Says whether a network is worse than another by more than so many points of accuracy, or nats of loss.
 
     Where images are held out, they tell. Else training images do, twice: as they are, where accuracy may fall by the
-    points that are tolerated and a standard error, by more where the other network knows many of them by heart, by less
+    points that are tolerated and a picture or two, by more where the other network knows many of them by heart, by less
     where it hardly errs; and each a little turned, zoomed and shifted, where the loss may rise by what these points are
     held to be worth. Test images are never looked at. Both rules and their numbers: docs/decisions/014.
     """
@@ -152,7 +156,7 @@ class Judge:
             return loss
         error = max(1 - before.plain.accuracy, 1e-9)
         factor = min(max(1.0, BY_HEART / error), FLAWLESS * error)
-        accuracy = self._on_accuracy(plain, self.points * factor + 100 * plain.accuracy_error)
+        accuracy = self._on_accuracy(plain, self.points * factor + min(100 * plain.accuracy_error, CHANCE))
         return Verdict(holds=loss.holds and accuracy.holds, words=f"{accuracy.words}; {loss.words}")
 
     def _on_accuracy(self, found: Difference, points: float) -> Verdict:
