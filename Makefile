@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test test-long zoo speed docs lint format types check clean help
 
 demo: .venv/.runtime  ## train the default network on the digits and watch its widths settle
-	$(BIN)/autowidth train --out runs/demo
+	$(BIN)/autowidth train --auto --out runs/demo
 
 test: .venv/.dev  ## run the fast tests
 	$(BIN)/python -m pytest -n 2

@@ -60,7 +60,7 @@ def normal(requirement: str) -> str:
 
 def test_make_alone_is_the_demo_and_installs_only_what_it_needs(copy: Path) -> None:
     told = calls(copy)
-    assert told[-1] == "train --out runs/demo"
+    assert told[-1] == "train --auto --out runs/demo"
     installs = [line for line in told if "pip install" in line]
     assert len(installs) == 1
     assert "--constraint constraints.txt" in installs[0]
@@ -73,7 +73,7 @@ def test_the_environment_is_made_once(copy: Path) -> None:
     assert sum("venv" in line for line in first) == 1
     assert sum(".[dev]" in line for line in first) == 1
     assert calls(copy, "test") == ["-m pytest -n 2"]
-    assert calls(copy, "demo") == ["train --out runs/demo"]
+    assert calls(copy, "demo") == ["train --auto --out runs/demo"]
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])

@@ -77,12 +77,16 @@ EXPONENT = 0.3
 HEALING = 100
 """Optimizer steps after which a network of half the MACs is itself again, and one of a third after twice as many."""
 
-SMALLEST, LARGEST = 0.12, 0.9
+SMALLEST, LARGEST = 0.15, 0.9
 """Shares of the MACs that an attempt may aim at: below, too little is known; above, too little is won."""
 
-STEPS, END, EVERY = 6, 0.3, 40
+STEPS, FEWEST, END, EVERY = 6, 2, 0.3, 40
 """When an attempt removes filters: in six steps up to three tenths of it, between which the network recovers, or in
-fewer where it is short, one for every forty optimizer steps (docs/decisions/014)."""
+fewer where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
+
+LOOK = (256, 128)
+"""Samples for the probe and for trials of a review of an attempt, at least: so much is removed by so few reviews that
+64 of each cost a small network eight points more, whatever time they save."""
 
 UNHINDERED = 1e9
 """Nats that a plan may cost beyond what was foretold: the judgement at the end decides, no review before it."""
@@ -299,13 +303,11 @@ class _Row:
     def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:
         """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
         settings, number = self.settings, len(self.attempts) + 1
-        count = min(max(self._each * epochs // EVERY, 1), STEPS)
+        count = min(max(self._each * epochs // EVERY, FEWEST), STEPS)
         schedule = Schedule(count=count, begin=0.0, end=END)
         policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
-        self.course.say(
-            f"attempt {number}: to {aim * start.macs / whole.macs:.0%} of the MACs, in {epochs} epoch{'s' * (epochs != 1)} "
-            "taught by the whole network"
-        )
+        share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
+        self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
         gentle, bold = RATES
         rate = settings.lr * (1.0 if settings.weights is not None else gentle + (bold - gentle) * (1 - aim))
         changes = {
@@ -320,17 +322,20 @@ class _Row:
             return None
 
     def _effort(self, whole: Result, reviews: int) -> Effort:
-        """How much a review of an attempt looks at: what is not given fits the whole network's training."""
+        """How much a review of an attempt looks at: what is not given fits the whole network's training, or is LOOK."""
         settings = self.settings
         samples = self._each * settings.epochs * settings.batch_size
         groups = len(whole.channel_map.groups)
         fitted = (settings.effort or Effort()).fitted(samples, reviews, groups=groups, share=REVIEWS)
+        own, (probe, audit) = settings.effort or Effort(), LOOK
         return Effort(
-            probe_samples=fitted.probe_samples, audit_samples=fitted.audit_samples, audit_filters=fitted.audit_filters
+            probe_samples=own.probe_samples or max(fitted.probe_samples, probe),
+            audit_samples=max(fitted.audit_samples, audit) if own.audit_samples is None else own.audit_samples,
+            audit_filters=fitted.audit_filters,
         )
 
     def _limits(self) -> Limits:
-        """What reviews of an attempt may do: as the user's policy has it, but remove at once, and insert nothing."""
+        """What reviews of an attempt may do: as the user's policy has it, but nothing holds up or inserts."""
         own = getattr(self.settings.policy, "limits", None)
         limits = own if isinstance(own, Limits) else Limits()
         return replace(limits, offer=0.0, max_move=1.0, tolerance=UNHINDERED)

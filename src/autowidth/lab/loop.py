@@ -77,7 +77,7 @@ class Method:
     policy: None for that of the settings. importance: None for our worth. reconstruct: whether readers are refitted by
     least squares to what is left of their inputs, where filters are removed. rule: what is done to the weights while
     they train, until the policy's last review. teacher: a network whose scores are learnt beside the labels (Hinton et
-    al. 2015); it stays as it is.
+    al. 2015), and stays as it is; taught: its share of the loss.
     """
 
     policy: Policy | None = None
@@ -85,6 +85,7 @@ class Method:
     reconstruct: bool = True
     rule: TrainingRule | None = None
     teacher: nn.Module | None = None
+    taught: float = Lesson.SHARE
 
 
 Watch = Callable[[AutoWidth], None]
@@ -187,7 +188,7 @@ class _Run:
         self.batches = shared(images.training_batches(settings.batch_size, seed=settings.seed))
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.loss_fn = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
-        self.taught = None if method.teacher is None else Lesson(method.teacher, self.loss_fn)
+        self.taught = None if method.teacher is None else Lesson(method.teacher, self.loss_fn, share=method.taught)
         self.total_steps = settings.epochs * len(self.batches)
         self.optimizer = optimizer_of(network, settings)
         self.schedule = LambdaLR(self.optimizer, self._rate)

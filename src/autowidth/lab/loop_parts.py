@@ -76,20 +76,22 @@ def threads_of(settings: Settings, images: ImageSet) -> int | None:
 class Lesson:
     """The loss of a network that learns from a teacher as well as from labels: distillation, Hinton et al. 2015.
 
-    (1 - SHARE) x the loss of the labels + SHARE x WARMTH^2 x KL(teacher || network), of scores divided by WARMTH.
+    (1 - share) x the loss of the labels + share x WARMTH^2 x KL(teacher || network), of scores divided by WARMTH.
     """
 
     SHARE, WARMTH = 0.7, 2.0
 
-    def __init__(self, teacher: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.teacher, self.loss_fn = teacher.eval(), loss_fn
+    def __init__(
+        self, teacher: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], *, share: float = SHARE
+    ) -> None:
+        self.teacher, self.loss_fn, self.share = teacher.eval(), loss_fn, share
 
     def __call__(self, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """A scalar, of scores (B, classes) for images (B, C, H, W) with labels (B,)."""
         with torch.no_grad():
             wanted = F.softmax(self.teacher(x).float() / self.WARMTH, 1)
         told = F.kl_div(F.log_softmax(scores.float() / self.WARMTH, 1), wanted, reduction="batchmean")
-        return (1 - self.SHARE) * self.loss_fn(scores, y) + self.SHARE * self.WARMTH**2 * told
+        return (1 - self.share) * self.loss_fn(scores, y) + self.share * self.WARMTH**2 * told
 
 
 def evaluated_at_once(settings: Settings, images: ImageSet) -> int:

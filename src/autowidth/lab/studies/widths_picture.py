@@ -1,6 +1,6 @@
 """A picture of a run: the width of every layer over its reviews, and the network before and after.
 
-    autowidth train --out runs/demo
+    autowidth train --auto --out runs/demo
     python -m autowidth.lab.studies.widths_picture runs/demo docs/widths.svg
 
 The picture of the README is that of the first command's run.

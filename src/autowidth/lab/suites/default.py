@@ -135,8 +135,9 @@ def images_for(settings: Settings, case: Case) -> ImageSet:
         places = torch.cat(found).sort().values
         return Split(images=split.images[places], labels=split.labels[places])
 
+    held_out = None if images.held_out is None else kept(images.held_out, None)
     return replace(
-        images, classes=images.classes[: case.classes], train=kept(images.train, case.each),
+        images, classes=images.classes[: case.classes], train=kept(images.train, case.each), held_out=held_out,
         test=kept(images.test, None),
     )  # fmt: skip
 
