@@ -58,9 +58,9 @@ EACH = 0.3
 MOST, LEAST = 0.6, 0.06
 """Of the epochs of the whole network, the share that an attempt trains for at most, and below which none is made."""
 
-RATES = (0.2, 0.5)
+RATES = (0.2, 0.8)
 """Of the peak learning rate, where an attempt begins that removes next to nothing, and one that removes next to all;
-it falls to 0 along half a cosine."""
+between them it goes with the square of what is removed. It falls to 0 along half a cosine."""
 
 FIXED = 0.3
 """Of a step of the whole network, the part that takes its time however narrow a network is."""
@@ -80,9 +80,9 @@ HEALING = 100
 SMALLEST, LARGEST = 0.15, 0.9
 """Shares of the MACs that an attempt may aim at: below, too little is known; above, too little is won."""
 
-STEPS, FEWEST, END, EVERY = 6, 2, 0.3, 40
-"""When an attempt removes filters: in six steps up to three tenths of it, between which the network recovers, or in
-fewer where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
+STEPS, FEWEST, END, EVERY = 8, 2, 0.5, 40
+"""When an attempt removes filters: in eight steps up to the half of it, between which the network recovers, or in fewer
+where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
 
 LOOK = (256, 128)
 """Samples for the probe and for trials of a review of an attempt, at least: so much is removed by so few reviews that
@@ -114,6 +114,12 @@ def epochs_for(share: float, time: float, epochs: int) -> int:
     """
     part = min((time - REVIEWS) / (FIXED + (1 - FIXED) * share + TEACHER), MOST)
     return max(round(part * epochs), 1) if part >= LEAST else 0
+
+
+def rate_for(aim: float) -> float:
+    """The peak rate of an attempt that leaves this share of the MACs, as a share of the whole network's."""
+    gentle, bold = RATES
+    return gentle + (bold - gentle) * (1 - aim) ** 2
 
 
 class _Course:
@@ -308,8 +314,7 @@ class _Row:
         policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
         self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
-        gentle, bold = RATES
-        rate = settings.lr * (1.0 if settings.weights is not None else gentle + (bold - gentle) * (1 - aim))
+        rate = settings.lr * (1.0 if settings.weights is not None else rate_for(aim))
         changes = {
             "policy": policy, "effort": self._effort(whole, count), "epochs": epochs, "schedule": "cosine",
             "cycles": 1, "lr": rate, "weights": None, "looks": None,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import typer
 
-from autowidth.lab.attempts import RATES, UNHINDERED
+from autowidth.lab.attempts import END, STEPS, UNHINDERED
 from autowidth.lab.data import ImageSet
 from autowidth.lab.judging import Judge, difference, seen
 from autowidth.lab.loop import Method, train
@@ -44,10 +44,10 @@ class Layout:
     """
 
     aim: float = 0.5
-    count: int = 6
-    end: float = 0.3
+    count: int = STEPS
+    end: float = END
     epochs: float = 0.3
-    rate: float = RATES[1]
+    rate: float = 0.4
     probe: int = 512
     audit: int = 256
     taught: float = Lesson.SHARE
