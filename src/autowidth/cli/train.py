@@ -163,6 +163,10 @@ def _trained(settings: Settings, **more: Any) -> Result:
     return (train_kept if kept else train)(settings, **more)
 
 
+def _unheard(progress: Progress) -> None:
+    """What a process does with its progress that is not the one that speaks."""
+
+
 def _shown(viewers: tuple[Recorder | Silence | Logs, ...], progress: Progress) -> None:
     """Tells everybody who looks on how the run stands."""
     for viewer in viewers:
@@ -176,7 +180,7 @@ def _run(
     console = console_for(stderr=as_json)
     with joined(settings) as mine:
         if not is_first():
-            _trained(mine, resume=resume)
+            _trained(mine, resume=resume, report=_unheard)
             return
         out = mine.out or default_folder(mine)
         display, recorder = display_for(console, mine, quiet=quiet), Recorder(out, mine, resume=resume)

@@ -77,12 +77,12 @@ EXPONENT = 0.3
 HEALING = 100
 """Optimizer steps after which a network of half the MACs is itself again, and one of a third after twice as many."""
 
-SMALLEST, LARGEST = 0.15, 0.9
+SMALLEST, LARGEST = 0.25, 0.9
 """Shares of the MACs that an attempt may aim at: below, too little is known; above, too little is won."""
 
-STEPS, FEWEST, END, EVERY = 8, 2, 0.5, 40
-"""When an attempt removes filters: in eight steps up to the half of it, between which the network recovers, or in fewer
-where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
+STEPS, FEWEST, END, EVERY = 6, 2, 0.3, 40
+"""When an attempt removes filters: in six steps up to three tenths of it, between which the network recovers, or in
+fewer where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
 
 LOOK = (256, 128)
 """Samples for the probe and for trials of a review of an attempt, at least: so much is removed by so few reviews that

@@ -164,7 +164,7 @@ class Judge:
         return Verdict(
             holds=100 * found.accuracy >= -points - 1e-9,
             words=f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f} points on {found.pictures:,} {what} "
-            f"images, {-points:.2g} tolerated",
+            f"images, {-points:.2f} tolerated",
         )
 
     def _on_loss(self, found: Difference, what: str) -> Verdict:
