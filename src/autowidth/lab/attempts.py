@@ -317,7 +317,8 @@ class _Row:
         rate = settings.lr * (1.0 if settings.weights is not None else rate_for(aim))
         changes = {
             "policy": policy, "effort": self._effort(whole, count), "epochs": epochs, "schedule": "cosine",
-            "cycles": 1, "lr": rate, "weights": None, "looks": None,
+            "cycles": 1, "lr": rate, "weights": None,
+            "looks": settings.looks and max(1, round(settings.looks * epochs / settings.epochs)),
         }  # fmt: skip
         method = Method(policy=policy, teacher=whole.network)
         try:
