@@ -326,6 +326,27 @@ def test_the_command_keeps_half_a_point_and_says_how_it_knows(tmp_path: Path, mo
     assert (Path(result["out"]) / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [([], 0.5), (["--set", "policy.limits.multiple=8"], 0.5), (["--config", "named.toml"], None), (["--auto"], None),
+     (["--config", "limits.toml", "--keep", "3"], 3.0), (["--policy", "never"], None)],
+)  # fmt: skip
+def test_who_names_no_policy_gets_the_promise(
+    tmp_path: Path, more: list[str], kept: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "named.toml").write_text('policy = {name = "auto"}')
+    (tmp_path / "limits.toml").write_text("policy = {limits = {multiple = 4}}")
+    found: list[Settings] = []
+
+    def stop(settings: Settings, *others: object, **more: object) -> None:
+        found.append(settings)
+
+    monkeypatch.setattr("autowidth.cli.train._run", stop)
+    assert CliRunner().invoke(app, ["train", *more]).exit_code == 0
+    assert [settings.keep for settings in found] == [kept]
+
+
 @pytest.mark.parametrize("more", [["--keep", "1", "--macs", "0.5"], ["--keep", "1", "--keep-nats", "0.1"],
                                   ["--keep", "1", "--no-edit"], ["--keep", "-1"]])  # fmt: skip
 def test_what_excludes_a_promise_is_refused(tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

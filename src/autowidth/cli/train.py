@@ -23,10 +23,9 @@ from autowidth.lab.policies import TargetError, from_options
 from autowidth.lab.prepare import free_folder
 from autowidth.lab.result import Progress, Result
 from autowidth.lab.resuming import settings_to_resume, unfinished_at
-from autowidth.lab.settings import Settings, settings_from
+from autowidth.lab.settings import Settings, names_a_policy, settings_from
 from autowidth.lab.torchrun import is_first, joined, left_by_a_restart
 from autowidth.policy import POLICIES
-from autowidth.policy import Auto as AutoPolicy
 
 KEEP = 0.5
 """Points of accuracy that may be lost where no target is given."""
@@ -132,11 +131,12 @@ def command(
     bounds = {"macs": macs, "params": params, "latency": latency, "latency_ms": latency_ms}
     with door(debug=debug):
         aim = from_options(bounds, price=price, auto=auto, edit=not no_edit, named=policy)
-        settings = settings_from(merged(given(options, pairs or ()), aim), config=config)
+        asked = merged(given(options, pairs or ()), aim)
+        settings = settings_from(asked, config=config)
         if resume is None and settings.out is None:
             settings = settings.model_copy(update={"out": default_folder(settings)})
         resume = resume or left_by_a_restart(settings.out)
-        named = bool(aim)
+        named = names_a_policy(asked, config=config)
         settings = promised(settings, named=named) if resume is None else settings_to_resume(resume, settings)
         _run(settings, resume, tensorboard, mlflow, as_json=as_json, quiet=quiet)
 
@@ -144,15 +144,14 @@ def command(
 def promised(settings: Settings, *, named: bool) -> Settings:
     """The settings with what is promised where nothing else says where the run ends: as small as costs nothing.
 
-    `named`: whether an option does. Raises TargetError where both are asked for.
+    `named`: whether a policy is named. Raises TargetError where both are asked for.
     """
     asks = settings.keep is not None or settings.keep_nats is not None
-    elsewhere = named or ("policy" in settings.model_fields_set and not isinstance(settings.policy, AutoPolicy))
-    if asks and elsewhere:
+    if asks and named:
         raise TargetError("--keep and a target each choose where the run ends: keep one of them")
     if settings.keep is not None and settings.keep_nats is not None:
         raise TargetError("--keep and --keep-nats each say what may be lost: keep one of them")
-    if asks or named or "policy" in settings.model_fields_set:
+    if asks or named:
         return settings
     return settings.model_copy(update={"keep": KEEP})
 

@@ -230,6 +230,17 @@ def settings_from(options: Table, *, config: Path | None = None) -> Settings:
     return Settings.model_validate({name: getattr(joined, name) for name in joined.model_fields_set})
 
 
+def names_a_policy(options: Table, *, config: Path | None = None) -> bool:
+    """Whether options, the environment or the file `config` say by name which policy is wanted.
+
+    Limits or a schedule alone choose none. Raises SettingsError where the file cannot be read.
+    """
+    file: Table = {} if config is None else _read(config)
+    tables = [table.get("policy") for table in (options, file)]
+    variables = (os.environ.get(f"{PREFIX}POLICY__NAME", ""), os.environ.get(f"{PREFIX}POLICY", ""))
+    return any(isinstance(table, Mapping) and "name" in table for table in tables) or any(variables)
+
+
 class _Below(sources.InitSettingsSource):
     """A table of settings without what the sources above it overrule."""
 
