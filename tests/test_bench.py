@@ -205,7 +205,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path, place: Pa
 
 
 def test_the_suites_are_those_of_the_table() -> None:
-    assert set(SUITES) == {"fidelity", "digits", "mini", "cifar10", "published"}
+    assert set(SUITES) == {"fidelity", "digits", "mini", "cifar10", "published", "default"}
     with pytest.raises(ValueError, match="two suites are named 'fidelity'"):
         registry.suite("fidelity")(fidelity)
 

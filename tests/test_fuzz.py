@@ -123,7 +123,7 @@ def prepared(settings: Settings, **keywords: object) -> None:
 OPTIONS = ("--model", "--data", "--macs", "--params", "--latency", "--latency-ms", "--price", "--auto", "--policy",
            "--epochs", "--batch-size", "--lr", "--seed", "--width", "--out", "--weights", "--new-head", "--normalize",
            "--config", "--device", "--threads", "--no-edit", "--json", "--quiet", "--input", "--size", "--pool",
-           "--top", "--suite", "--seeds", "--help", "--nothing")  # fmt: skip
+           "--top", "--suite", "--seeds", "--keep", "--keep-nats", "--keep-time", "--help", "--nothing")  # fmt: skip
 COMMANDS = ("train", "eval", "predict", "inspect", "shrink", "", "none")
 LINES = st.tuples(
     st.sampled_from(COMMANDS), st.lists(ODD, max_size=2), st.lists(st.tuples(st.sampled_from(OPTIONS), ODD), max_size=4)
@@ -159,6 +159,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder in which nothing is trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("autowidth.cli.train.train", prepared)
+    monkeypatch.setattr("autowidth.cli.train.train_kept", prepared)
     monkeypatch.setitem(os.environ, "COLUMNS", "120")
     return tmp_path
 

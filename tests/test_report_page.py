@@ -170,7 +170,7 @@ def test_worths_follow_the_layer_that_is_chosen(run: Path, opened: Opener) -> No
     page.locator("#find").fill("stem")
     assert page.locator("#why tbody tr:visible").count() == 1
     page.locator("#copy").click()
-    assert page.locator("#copied").text_content()
+    page.wait_for_function("document.getElementById('copied').textContent")  # the clipboard answers later
     assert page.locator("#download").get_attribute("href").startswith("blob:")
 
 
