@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from autowidth.cli import app
 from autowidth.lab.bench import BenchError
 from autowidth.lab.data import digits
 from autowidth.lab.studies import attempt_layouts
 from autowidth.lab.studies.attempt_layouts import LAYOUT, layouts
 from autowidth.lab.suites import find_suite
-from autowidth.lab.suites.default import CASES, Case, default_table, images_for, settings_for
+from autowidth.lab.suites.default import CASES, Case, default_table, images_for, measure, settings_for
 
 
 def test_every_row_is_a_run_that_keeps_half_a_point() -> None:
@@ -66,11 +63,10 @@ def test_the_table_says_what_was_lost_in_the_mean_and_at_worst() -> None:
     assert cells[5:] == ["20 ± 0", "1.20", "8.3 ± 0.0"]
 
 
-def test_a_unit_leaves_a_record_of_both_networks(tmp_path: Path) -> None:
-    line = ["bench", "default", "--tables", "digits-short", "--epochs", "1", "--out", str(tmp_path), "--processes", "1"]
-    done = CliRunner().invoke(app, line)
-    assert done.exit_code == 0, done.output
-    dense, default = json.loads((tmp_path / "default.json").read_text())
+def test_a_unit_leaves_a_record_of_both_networks() -> None:
+    (unit,) = find_suite("default", tables=("digits-short",), epochs=1).units
+    outcome = measure(unit.settings)
+    dense, default = json.loads(json.dumps([*outcome.records]))
     assert (dense["method"], default["method"]) == ("dense", "default")
     assert dense["macs"] == dense["macs_dense"] >= default["macs"]
     assert default["accuracy"] - dense["accuracy"] == pytest.approx(default["difference"])

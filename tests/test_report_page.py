@@ -153,6 +153,8 @@ def test_it_can_be_used(run: Path, opened: Opener) -> None:
 
 
 def test_worths_follow_the_layer_that_is_chosen(run: Path, opened: Opener) -> None:
+    from playwright.sync_api import expect
+
     page = opened(run / "report.html")
     groups = page.locator("#group option").all_text_contents()
     first = page.locator("#worth-said").text_content()
@@ -170,7 +172,7 @@ def test_worths_follow_the_layer_that_is_chosen(run: Path, opened: Opener) -> No
     page.locator("#find").fill("stem")
     assert page.locator("#why tbody tr:visible").count() == 1
     page.locator("#copy").click()
-    page.wait_for_function("document.getElementById('copied').textContent")  # the clipboard answers later
+    expect(page.locator("#copied")).not_to_be_empty()  # the clipboard answers later
     assert page.locator("#download").get_attribute("href").startswith("blob:")
 
 
