@@ -146,20 +146,18 @@ def promised(settings: Settings, *, named: bool) -> Settings:
 
     `named`: whether a policy is named. Raises TargetError where both are asked for.
     """
-    asks = settings.keep is not None or settings.keep_nats is not None
-    if asks and named:
+    if settings.promises and named:
         raise TargetError("--keep and a target each choose where the run ends: keep one of them")
     if settings.keep is not None and settings.keep_nats is not None:
         raise TargetError("--keep and --keep-nats each say what may be lost: keep one of them")
-    if asks or named:
+    if settings.promises or named:
         return settings
     return settings.model_copy(update={"keep": KEEP})
 
 
 def _trained(settings: Settings, **more: Any) -> Result:
     """The result of a run: as small as costs nothing where that is promised, else as its policy has it."""
-    kept = settings.keep is not None or settings.keep_nats is not None
-    return (train_kept if kept else train)(settings, **more)
+    return (train_kept if settings.promises else train)(settings, **more)
 
 
 def _unheard(progress: Progress) -> None:

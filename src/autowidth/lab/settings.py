@@ -160,6 +160,11 @@ class Settings(PolicySettings):
         10, ge=1, description="steps, or evaluations, in a row that are not finite after which the run ends"
     )
 
+    @property
+    def promises(self) -> bool:
+        """Whether the run is to be as small as costs no more than was named, wherever its policy would lead."""
+        return self.keep is not None or self.keep_nats is not None
+
     @field_validator("*", mode="before")
     @classmethod
     def _is_no_text_that_ends_early(cls, value: Any) -> Any:

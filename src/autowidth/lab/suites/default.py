@@ -145,10 +145,10 @@ def images_for(settings: Settings, case: Case) -> ImageSet:
 def measure(unit: Mapping[str, Any]) -> Outcome:
     """The work of one unit: two records, one of the whole network and one of what the default made of it."""
     case, settings = CASES[unit["setting"]], settings_for(unit)
-    result = train_kept(settings, images=images_for(settings, case))
+    images = images_for(settings, case)
+    result, tests = train_kept(settings, images=images), len(images.test)
     kept = result.kept
     assert kept is not None, "asked for"
-    tests = len(images_for(settings, case).test)
     about = {"setting": unit["setting"], "model": case.model, "seed": unit["seed"]}
     dense = about | {
         "method": "dense", "accuracy": kept.accuracy, "standard_error": _error(kept.accuracy, tests),
