@@ -217,6 +217,19 @@ def test_what_costs_too_much_is_taken_back_and_nothing_is_gone(tmp_path: Path) -
     assert "nothing was removed" in said and "+0.00 ± 0.00" in said and "0 of 1 attempt stayed" in said
 
 
+def test_judgements_take_as_many_threads_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = torch.get_num_threads(), list[int]()
+
+    def seen_with(self: Judge, network: nn.Module) -> attempts.Evidence:
+        found.append(torch.get_num_threads())
+        return judged(self, network)
+
+    judged = Judge.seen
+    monkeypatch.setattr(Judge, "seen", seen_with)
+    train_kept(small(threads=before + 1))
+    assert found == [before + 1] * 2 and torch.get_num_threads() == before
+
+
 def test_without_time_there_is_no_attempt() -> None:
     result = train_kept(small(keep_time=1.0))
     assert result.kept is not None and result.kept.attempts == () and result.macs == result.macs_start

@@ -21,7 +21,7 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from autowidth.lab.judging import Evidence, Judge, difference, seen
 from autowidth.lab.keeping import TRAINING, anywhere
 from autowidth.lab.lock import locked
 from autowidth.lab.loop import Method, train
-from autowidth.lab.loop_parts import evaluated_at_once
+from autowidth.lab.loop_parts import cpu_threads, evaluated_at_once, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Attempt, Kept, Progress, Report, Result, silent
 from autowidth.lab.resuming import WHOLE, begin_row, check_anew, parts_of
@@ -197,7 +197,8 @@ def train_kept(
         images = (images or load_images(settings)).to(find_device(settings.device))
         row = _Row(settings, images, _Course(report), watch, resume)
         try:
-            return row.written(row.followed(network))
+            with cpu_threads(threads_of(settings, images)):
+                return row.written(row.followed(network))
         except BaseException:
             if settings.out is not None and not parts_of(settings.out):
                 shutil.rmtree(settings.out / TRAINING, ignore_errors=True)
@@ -216,8 +217,7 @@ class _Row:
         self.judge = Judge(images, points=settings.keep, nats=settings.keep_nats, at_once=at_once)
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.device = images.train.labels.device
-        self.attempts: list[Attempt] = []
-        self.found: list[tuple[Result, bool]] = []  # what became of them, and whether it stays
+        self.tried: list[tuple[Attempt, Result]] = []
         self.earlier = {} if resume is None else parts_of(resume)
         if resume is None and settings.out is not None:
             check_anew(settings.out)
@@ -308,7 +308,7 @@ class _Row:
 
     def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:
         """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
-        settings, number = self.settings, len(self.attempts) + 1
+        settings, number = self.settings, len(self.tried) + 1
         count = min(max(self._each * epochs // EVERY, FEWEST), STEPS)
         schedule = Schedule(count=count, begin=0.0, end=END)
         policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
@@ -353,10 +353,9 @@ class _Row:
             aim=aim, macs=found.macs / whole.macs, epochs=epochs, judged=verdict.words, stays=verdict.holds,
             seconds=found.seconds,
         )  # fmt: skip
-        self.attempts.append(attempt)
-        self.found.append((found, verdict.holds))
+        self.tried.append((attempt, found))
         became = "stays" if verdict.holds else "is taken back"
-        self.course.say(f"attempt {len(self.attempts)}, at {attempt.macs:.1%} of the MACs, {became}: {verdict.words}")
+        self.course.say(f"attempt {len(self.tried)}, at {attempt.macs:.1%} of the MACs, {became}: {verdict.words}")
         return verdict.holds
 
     # ---- what it comes to
@@ -364,11 +363,11 @@ class _Row:
     def _result(self, kept: Result, whole: Result) -> Result:
         """The network that is kept, with the record of how it came about and of what was promised."""
         images = self.images.plain_batches(self.part, evaluated_at_once(self.settings, self.images))
-        now, before = (seen(result.network, images) for result in (kept, whole))
-        found = difference(now, before)
+        before = seen(whole.network, images)
+        found = difference(before if kept is whole else seen(kept.network, images), before)
         self.course.back_to(kept, kept.accuracy)
-        runs = [whole, *(result for result, _ in self.found)]
-        history = joined_histories(whole, [result for result, stays in self.found if stays], self._steps())
+        runs = [whole, *(result for _, result in self.tried)]
+        history = self._history(whole)
         return replace(
             kept, seed=whole.seed, epochs=sum(run.epochs for run in runs), macs_start=whole.macs_start,
             accuracy_start=whole.accuracy_start,
@@ -380,8 +379,8 @@ class _Row:
             out=None if self.settings.out is None else str(self.settings.out),
             kept=Kept(
                 points=self.settings.keep, nats=self.settings.keep_nats, accuracy=before.accuracy,
-                difference=found.accuracy, standard_error=found.accuracy_error, attempts=tuple(self.attempts),
-                seconds=whole.seconds,
+                difference=found.accuracy, standard_error=found.accuracy_error, seconds=whole.seconds,
+                attempts=tuple(attempt for attempt, _ in self.tried),
             ),
         )  # fmt: skip
 
@@ -390,15 +389,15 @@ class _Row:
         """Optimizer steps of an epoch."""
         return len(self.images.training_batches(self.settings.batch_size, seed=self.settings.seed))
 
-    def _steps(self) -> list[int]:
-        """Optimizer steps behind a run when each attempt that stays began."""
-        each, steps = self._each, []
-        before = 0 if self.settings.weights is not None else each * self.settings.epochs
-        for result, stays in self.found:
-            if stays:
-                steps.append(before)
-            before += each * result.epochs
-        return steps
+    def _history(self, whole: Result) -> History:
+        """One record of the whole network and of what the attempts that stay did to it, at the steps of all parts."""
+        history = History(whole.history.widths_start, layers=whole.history.layers)
+        before = self._each * whole.epochs
+        for attempt, result in self.tried:
+            for event in result.history.events if attempt.stays else ():
+                history.append(replace(event, step=event.step + before))
+            before += self._each * result.epochs
+        return history
 
     def written(self, result: Result) -> Result:
         """Writes the result, and the whole network beside it, and takes away what the parts left."""
@@ -423,12 +422,3 @@ class _Row:
                 whole.rename(out / WHOLE)
             shutil.rmtree(out / TRAINING)
         return result
-
-
-def joined_histories(whole: Result, parts: Sequence[Result], steps: Sequence[int]) -> History:
-    """One record of the whole network and of what attempts did to it, each of which began after so many steps."""
-    history = History(whole.history.widths_start, layers=whole.history.layers)
-    for result, before in zip(parts, steps, strict=True):
-        for event in result.history.events:
-            history.append(replace(event, step=event.step + before))
-    return history
