@@ -41,6 +41,7 @@ from autowidth.lab.lock import locked
 from autowidth.lab.loop_parts import (
     PROBED,
     Lesson,
+    at_once,
     cpu_threads,
     evaluated_at_once,
     fitted_convolutions,
@@ -225,7 +226,8 @@ class _Run:
         one = torch.zeros(1, *images.image_shape, device=self.device)
         return AutoWidth(
             self.network, self.optimizer, example_inputs=torch.zeros(2, *images.image_shape, device=self.device),
-            probe=probe_batches(images, settings.seed, min(PROBED, self.at_once)), loss_fn=self.loss_fn, policy=policy,
+            probe=probe_batches(images, settings.seed, min(at_once(images, PROBED), self.at_once)),
+            loss_fn=self.loss_fn, policy=policy,
             total_steps=self.total_steps, effort=settings.effort, seed=settings.seed,
             batch_size=settings.batch_size // self.steps.count,
             followers=[] if self.average is None else [self.average],

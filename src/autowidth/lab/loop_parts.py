@@ -18,10 +18,15 @@ from autowidth.lab.prepare import ModelError
 from autowidth.lab.settings import Settings
 
 EVALUATED = 1000
-"""Images that are evaluated at once."""
+"""Images that are evaluated at once, at most."""
 
 PROBED = 256
-"""Images that a review looks at together."""
+"""Images that a review looks at together, at most."""
+
+PIXELS, FEWEST = 2**17, 16
+"""Pixels of images that a CPU works on at once, and images that it does at least. Activations of more leave its caches
+and are memory that the system maps anew for every layer: ResNet-20 evaluates 390 images of 32 x 32 a second in batches
+of 1,000, and 900 in batches of 128 (lab/studies/batch_sizes.py)."""
 
 SMALL = 16
 """Images with fewer pixels on a side are worked on in one thread if nothing else is asked for: several threads gain
@@ -94,10 +99,18 @@ class Lesson:
         return (1 - self.share) * self.loss_fn(scores, y) + self.share * self.WARMTH**2 * told
 
 
+def at_once(images: ImageSet, most: int) -> int:
+    """How many images to work on together without training: `most` of them, fewer on a CPU where they are large."""
+    if images.train.labels.device.type != "cpu":
+        return most
+    _, height, width = images.image_shape
+    return min(most, max(FEWEST, PIXELS // (height * width)))
+
+
 def evaluated_at_once(settings: Settings, images: ImageSet) -> int:
     """The images to evaluate together: a batch where they are read as they are used, for large ones may not fit."""
     streams = any(isinstance(split.images, Pictures) for split in (images.train, images.test))
-    return settings.batch_size if streams else EVALUATED
+    return settings.batch_size if streams else at_once(images, EVALUATED)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from autowidth.shrink import PROBE, shrink_
 from autowidth.surgery import apply_
 from autowidth.trace import trace
 
-AT_ONCE = 256
+AT_ONCE = 128
 """Images that are looked at together."""
 
 NORMED = 8192

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop_parts import EVALUATED, PROBED, cpu_threads, evaluate, threads_of
+from autowidth.lab.loop_parts import EVALUATED, PROBED, at_once, cpu_threads, evaluate, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run
@@ -112,9 +112,9 @@ class _Work:
         """What reviews the network, on training images as training sees them."""
         images, settings = self.images, self.settings
         example = torch.zeros(2, *images.image_shape, device=images.train.labels.device)
-        at_once = min(PROBED, len(images.train))
+        together = min(at_once(images, PROBED), len(images.train))
         return reviewer_of(
-            network, example_inputs=example, batches=images.training_batches(at_once, seed=settings.seed),
+            network, example_inputs=example, batches=images.training_batches(together, seed=settings.seed),
             loss=of_pairs(self._loss), policy=policy, effort=settings.effort, norms="corrected",
             seed=settings.seed,
         )  # fmt: skip
@@ -155,7 +155,9 @@ class _Work:
 
     def accuracy(self) -> float:
         """The share of held-out images that are classified rightly."""
-        batches = self.images.plain_batches("held_out", min(EVALUATED, self.settings.batch_size * 8))
+        batches = self.images.plain_batches(
+            "held_out", min(at_once(self.images, EVALUATED), self.settings.batch_size * 8)
+        )
         return evaluate(self.reviewer.model, batches, torch.contiguous_format)[0]
 
     def result(self, accuracy: float) -> Shrunk:

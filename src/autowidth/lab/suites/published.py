@@ -16,7 +16,7 @@ from autowidth.cost import count_macs
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import ImageSet
 from autowidth.lab.fine_tuning import LIMITS, SCHEDULE
-from autowidth.lab.loop_parts import EVALUATED, evaluate
+from autowidth.lab.loop_parts import EVALUATED, at_once, evaluate
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.published_table import published_plot, published_table
@@ -214,4 +214,4 @@ def _tuned(settings: Mapping[str, Any], training: Settings, network: nn.Module, 
 
 def _accuracy(network: nn.Module, images: ImageSet, part: Any) -> float:
     """The share of images of this part that are classified rightly."""
-    return evaluate(network.eval(), images.plain_batches(part, EVALUATED), torch.contiguous_format)[0]
+    return evaluate(network.eval(), images.plain_batches(part, at_once(images, EVALUATED)), torch.contiguous_format)[0]
