@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from autowidth.lab.models import build
 from autowidth.lab.saved import open_run
 from autowidth.lab.settings import settings_of
 from autowidth.lab.shrinking import HoldoutError, Shrunk, shrink
+from autowidth.lab.studies.batch_sizes import BATCHES
+from autowidth.lab.studies.batch_sizes import main as batch_sizes
+from autowidth.lab.studies.shrink_memory import MIB, Peak, activation_bytes, resident
+from autowidth.lab.studies.shrink_memory import main as shrink_memory
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
 from autowidth.review.state import corrected_norms, norm_shifts
@@ -314,3 +319,45 @@ def test_a_published_network_keeps_most_of_its_accuracy(tmp_path: Path) -> None:
     })  # fmt: skip
     shrink(settings, policy=Budget(macs=0.7))
     assert evaluate_run(tmp_path / "run").accuracy > 0.865
+
+
+# ---- what it takes ---------------------------------------------------------------------------------------------------
+
+
+def test_activations_are_what_a_backward_pass_keeps() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 64, 10))
+    x, y = torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.long)
+    mapped, scores = (
+        5 * 3 * 64 * 4,
+        5 * 10 * 4,
+    )  # the input of the linear layer is what ReLU keeps; log-softmax keeps one
+    other = 5 * 1 * 64 * 4 + 5 * 8 + 4  # images, labels, and the weight that the loss is divided by
+    assert activation_bytes(network, x, y) == mapped + scores + other
+    assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory as Linux tells it")
+def test_the_peak_is_seen_though_it_is_gone_at_the_end() -> None:
+    before = resident()
+    with Peak() as peak:
+        much = torch.ones(64 * MIB // 4)
+        time.sleep(0.1)
+        del much
+    assert peak.bytes - before > 60 * MIB
+
+
+def test_the_study_of_memory_says_what_shrinking_took(capsys: pytest.CaptureFixture[str]) -> None:
+    shrink_memory(["--data", "digits", "--model", "resnet8", "--macs", "0.8", "--limit", "256", "--threads", "1"])
+    rows = dict(line.strip("| ").split("|", 1) for line in capsys.readouterr().out.splitlines()[1:])
+    found = {name.strip(): value.strip() for name, value in rows.items()}
+    assert found["network"].endswith("MiB")
+    assert found["activations of a batch of 256"].endswith("MiB")
+    assert float(found["(peak - 3 networks) / activations"]) > -1
+    assert {"of them probe", "of them audit", "of them surgery"} <= set(found)
+
+
+def test_the_study_of_batch_sizes_has_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    batch_sizes(["--model", "resnet8", "--size", "8", "--images", "16"])
+    rows = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [int(row[0]) for row in rows] == list(BATCHES)
+    assert all(float(row[1]) > 0 for row in rows)

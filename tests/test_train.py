@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from autowidth.cost import count_macs
 from autowidth.engine import Effort
 from autowidth.lab.data import CorruptImageError, digits
 from autowidth.lab.loop import Method, train
-from autowidth.lab.loop_parts import compiled, decayed_and_not, evaluate, one_cycle, probe_batches
+from autowidth.lab.loop_parts import at_once, compiled, decayed_and_not, evaluate, one_cycle, probe_batches
 from autowidth.lab.models import build, resolve
 from autowidth.lab.prepare import ModelError
 from autowidth.lab.result import Progress
@@ -219,6 +219,15 @@ def test_evaluation_touches_neither_weights_nor_statistics() -> None:
     accuracy, loss = evaluate(network, digits().plain_batches("test", 50), torch.contiguous_format)
     assert (accuracy, pytest.approx(loss, rel=1e-5)) == slow_evaluation(network, digits().plain_batches("test", 50))
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("side", "most", "expected"), [(8, 1000, 1000), (16, 1000, 512), (32, 256, 128), (224, 256, 16)]
+)
+def test_fewer_large_images_are_worked_on_at_once(side: int, most: int, expected: int) -> None:
+    images = digits(limit=4)
+    train_split = replace(images.train, images=images.train.images[:, :, :1, :1].repeat(1, 1, side, side))
+    assert at_once(replace(images, train=train_split), most) == expected
 
 
 def test_a_held_out_share_keeps_the_test_images_out_of_it() -> None:

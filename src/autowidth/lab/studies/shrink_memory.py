@@ -1,0 +1,143 @@
+"""What memory shrinking takes beyond the network and its images, in activations of one batch; and where the time goes.
+
+    python -m autowidth.lab.studies.shrink_memory --data cifar10:PATH --weights resnet56.safetensors
+    python -m autowidth.lab.studies.shrink_memory ... --model resnet20-padding --macs 0.5
+
+Resident memory of this process is read every few milliseconds while `shrink_` works, images loaded and one batch passed
+forward and back before, so that what torch takes for itself is there already; what the C library keeps of freed memory
+is given back to the system first, or the peak would hide in it. The activations of a batch are all that autograd keeps
+for one backward pass in training mode, each storage counted once. For Linux with glibc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from autowidth.history import History
+from autowidth.lab.data import ImageSet
+from autowidth.lab.loop_parts import PROBED, at_once
+from autowidth.lab.prepare import build_network, load_images
+from autowidth.lab.settings import settings_of
+from autowidth.policy import Budget
+from autowidth.review.memory import held_bytes
+from autowidth.shrink import shrink_
+
+MIB = 2**20
+
+EVERY = 0.005
+"""Seconds between two looks at resident memory."""
+
+
+def resident() -> int:
+    """Bytes of this process in memory, as Linux counts them."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak(AbstractContextManager["Peak"]):
+    """The most resident memory while this context lasts, in `bytes`."""
+
+    def __init__(self) -> None:
+        self.bytes, self.ended = resident(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.ended.wait(EVERY):
+            self.bytes = max(self.bytes, resident())
+
+    def __enter__(self) -> Peak:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.bytes = max(self.bytes, resident())
+
+
+def activation_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass of this batch, which is done; parameters are not counted."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def noted(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+        loss = F.cross_entropy(network(x), y)
+    loss.backward()
+    network.zero_grad()
+    return sum(kept.values())
+
+
+def parts_of(history: History) -> dict[str, float]:
+    """Wall time of all reviews by part."""
+    total: dict[str, float] = {}
+    for event in history:
+        for part, seconds in event.seconds.items():
+            total[part] = total.get(part, 0.0) + seconds
+    return total
+
+
+def measured(network: nn.Module, images: ImageSet, macs: float, seed: int) -> list[tuple[str, str]]:
+    """What shrinking the network to this share of its MACs takes: (what, how much)."""
+    batches = images.training_batches(min(at_once(images, PROBED), len(images.train)), seed=seed)
+    x, y = next(iter(batches))
+    model = held_bytes(network)
+    activations = activation_bytes(network.train(), x, y)
+    network.eval()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, began = resident(), time.perf_counter()
+    with Peak() as peak:
+        history = shrink_(
+            network, example_inputs=x[:2], batches=batches, loss_fn=F.cross_entropy, policy=Budget(macs=macs), seed=seed
+        )
+    seconds, more = time.perf_counter() - began, peak.bytes - before
+    return [
+        ("network", f"{model / MIB:.1f} MiB"),
+        (f"activations of a batch of {len(x)}", f"{activations / MIB:.0f} MiB"),
+        ("peak beyond what was there", f"{more / MIB:.0f} MiB"),
+        ("(peak - 3 networks) / activations", f"{(more - 3 * model) / activations:.2f}"),
+        ("seconds", f"{seconds:.0f}"),
+        *((f"of them {part}", f"{taken:.0f}") for part, taken in parts_of(history).items()),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m autowidth.lab.studies.shrink_memory", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--data", required=True, help="as for autowidth train")
+    parser.add_argument("--weights", help="as for autowidth train; not given: fresh ones")
+    parser.add_argument("--model", default="resnet56-padding", help="a network of the laboratory")
+    parser.add_argument("--macs", type=float, default=0.7, help="end at this share of the MACs")
+    parser.add_argument("--limit", type=int, default=4000, help="training images")
+    parser.add_argument("--threads", type=int, help="CPU threads; not given: torch's own number")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(asked.threads or torch.get_num_threads())
+    settings = settings_of({"model": asked.model, "data": asked.data, "weights": asked.weights, "limit": asked.limit})
+    images = load_images(settings)
+    torch.manual_seed(settings.seed)
+    rows = measured(build_network(settings, images), images, asked.macs, settings.seed)
+    sys.stdout.write(tabulate(rows, tablefmt="github") + "\n")
+
+
+if __name__ == "__main__":
+    main()
