@@ -23,13 +23,14 @@ from autowidth.cli.display import promise
 from autowidth.cost import count_macs
 from autowidth.engine import AutoWidth
 from autowidth.lab import attempts
-from autowidth.lab.attempts import EACH, LARGEST, SMALLEST, epochs_for, first_share, healed_share, train_kept
+from autowidth.lab.attempts import EACH, epochs_for, train_kept
 from autowidth.lab.data import digits
+from autowidth.lab.guessing import HEALING, LARGEST, SMALLEST, WON_BACK, first_share, healed_share, may_be_won_back
 from autowidth.lab.judging import Judge, difference, seen, varied
 from autowidth.lab.keeping import TRAINING, Interrupted
 from autowidth.lab.loop import train
 from autowidth.lab.loop_parts import Lesson
-from autowidth.lab.models import build
+from autowidth.lab.models import build, resolve
 from autowidth.lab.result import Progress, Result
 from autowidth.lab.resuming import ResumeError, settings_to_resume, unfinished_at
 from autowidth.lab.saved import open_run
@@ -86,8 +87,13 @@ def test_an_attempt_takes_no_longer_than_it_may(share: float, epochs: int, time:
 
 
 def test_few_steps_make_up_for_a_small_removal_only() -> None:
-    assert healed_share(0) == 1 and healed_share(attempts.HEALING) == 0.5
+    assert healed_share(0) == 1 and healed_share(HEALING) == 0.5
     assert healed_share(10**6) < 0.001
+
+
+def test_what_may_be_won_back_is_a_multiple_of_what_may_be_lost() -> None:
+    assert may_be_won_back(WON_BACK * 0.01, 0.01) and not may_be_won_back(WON_BACK * 0.0101, 0.01)
+    assert may_be_won_back(0.0, 0.0) and may_be_won_back(-1.0, 0.0)
 
 
 # ---- the judgement ---------------------------------------------------------------------------------------------------
@@ -251,6 +257,50 @@ def test_a_network_that_is_brought_is_the_reference(tmp_path: Path) -> None:
     assert result.kept is not None and result.kept.accuracy == brought.accuracy == result.accuracy_start
     assert result.epochs == 2 and result.macs < brought.macs
     assert not (tmp_path / "run" / "whole").exists()
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a whole network."""
+    out = tmp_path_factory.mktemp("runs") / "brought"
+    train(small(keep=None, policy=Never(), out=out))
+    return out
+
+
+def from_weights(brought: Path, **changes: Any) -> Settings:
+    given = {**SMALL.model_dump(exclude_unset=True), "weights": brought, "epochs": 2, "lr": 0.02}
+    return settings_of({**given, **changes})
+
+
+def test_what_narrowing_alone_may_do_needs_no_training(brought: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train_kept(from_weights(brought, keep_time=1.0, out=out))
+    assert result.kept is not None and result.epochs == 0 and result.reviews > 0
+    (attempt,) = result.kept.attempts
+    assert attempt.stays and attempt.epochs == 0 and result.macs == attempt.macs * result.macs_start
+    assert list(result.history.replay())[-1][1] == result.widths
+    fresh = resolve("resnet8", num_classes=10, in_channels=1, width=0.5)
+    load_(fresh, out, example_inputs=torch.zeros(2, 1, 8, 8))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in (fresh, result.network)), strict=True)
+    )
+
+
+def test_an_attempt_that_fails_leaves_what_narrowing_alone_could_do(brought: Path) -> None:
+    result = train_kept(from_weights(brought, keep=None, keep_nats=0.3, lr=1.0))  # a rate that ruins the network
+    assert result.kept is not None
+    alone, trained = result.kept.attempts
+    assert (alone.stays, trained.stays) == (True, False) and trained.epochs == 2
+    assert result.macs == alone.macs * result.macs_start and result.removed == sum(
+        sum(event.removed.values()) for event in result.history
+    )
+
+
+def test_of_a_network_that_loses_by_the_first_step_nothing_is_narrowed_without_training(brought: Path) -> None:
+    result = train_kept(from_weights(brought, keep=None, keep_nats=0.0, keep_time=1.0))
+    assert result.kept is not None and not result.kept.attempts[0].stays
+    assert result.macs == result.macs_start and result.removed == 0 and len(result.history) == 0
+    assert "nothing was removed" in promise(result.kept)
 
 
 def test_the_limits_of_a_policy_hold_in_attempts() -> None:

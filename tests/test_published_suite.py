@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from autowidth.cost import count_macs
 from autowidth.lab.bench import BenchError, bench
@@ -25,6 +25,7 @@ from autowidth.lab.loop_parts import evaluate
 from autowidth.lab.merging import Filters, mergeable, merged, scaling
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.models import build
+from autowidth.lab.prepare import build_network, load_images
 from autowidth.lab.published_table import published_plot, published_table
 from autowidth.lab.removing import METHODS, Removal, inside_widths, seen, with_precise_norms
 from autowidth.lab.studies.fine_tuning import LAYOUTS, Layout, layouts, settings_of_row
@@ -32,7 +33,7 @@ from autowidth.lab.studies.fine_tuning import main as layout_main
 from autowidth.lab.studies.published_parts import PARTS, best, main
 from autowidth.lab.suites import find_suite
 from autowidth.lab.suites.published import TABLES, as_trained, settings_for
-from autowidth.lab.tuning import TUNED
+from autowidth.lab.tuning import TAUGHT, TUNED, Tuning
 from autowidth.policy import BudgetError
 from autowidth.trace import trace
 
@@ -236,6 +237,24 @@ def test_the_suite_runs_goes_on_and_tells(place: Path, weights: Path, tmp_path: 
     )
     assert (tmp_path / "published.svg").stat().st_size > 1000
     assert len(json.loads((tmp_path / "published.json").read_text())) == 5
+
+
+@pytest.mark.parametrize("name", ["dense", "autowidth", "l1"])
+def test_a_taught_method_learns_from_what_was_brought(name: str, place: Path, weights: Path) -> None:
+    suite = find_suite("published", **asked(place, weights, tables=("fine-tuned",), epochs=1, methods=(name,)))
+    settings = settings_for(suite.units[0].settings)
+    images, brought = load_images(settings), build_network(settings, load_images(settings)).eval()
+
+    def ends(method: str) -> list[Tensor]:
+        network = copy.deepcopy(brought)
+        task = Tuning(settings=settings, images=images, network=network, macs=0.6)
+        return list(TUNED[method](task).network.state_dict().values())
+
+    before = copy.deepcopy(brought.state_dict())
+    plain, taught, again = ends(name), ends(name + TAUGHT), ends(name + TAUGHT)
+    assert all(torch.equal(a, b) for a, b in zip(taught, again, strict=True))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(plain, taught, strict=True))
+    assert all(torch.equal(before[key], content) for key, content in brought.state_dict().items())
 
 
 def test_units_can_be_chosen_and_have_names_of_their_own() -> None:

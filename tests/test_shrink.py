@@ -33,7 +33,7 @@ from autowidth.lab.studies.shrink_memory import main as shrink_memory
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
 from autowidth.review.state import corrected_norms, norm_shifts
-from autowidth.shrink import ShrinkError
+from autowidth.shrink import ShrinkError, reviews_for, untrained
 from test_cli import called, program
 
 PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")
@@ -81,6 +81,15 @@ def test_a_trained_network_ends_at_its_budget_and_still_tells_digits_apart(train
         for parameter in random.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
     assert accuracy(random) < 0.5, "the digits are too easy for this test"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [(Budget(macs=0.9), 3), (Budget(macs=0.5), 5), (Budget(params=0.25), 8), (Budget(macs=10**6), 3), (Auto(), 3)],
+)
+def test_the_more_goes_the_more_reviews_it_takes(policy: Any, expected: int) -> None:
+    assert reviews_for(policy) == expected == len(untrained(policy).reviews(1000))
+    assert len(untrained(policy, 2).reviews(1000)) == 2
 
 
 def test_the_history_says_what_was_done(trained: nn.Module) -> None:

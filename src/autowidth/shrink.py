@@ -25,6 +25,9 @@ from autowidth.wrappers import group_of
 STEPS = 1000
 """On how many steps the schedule of a policy is laid out, none of which are taken."""
 
+FEWEST, EACH = 3, 0.1
+"""Reviews where nobody says how many: one for every tenth of the cost that goes, and at least so many."""
+
 PROBE, AUDIT, FILTERS = 1024, 256, 4
 """Samples that score filters and samples for trials at every review, and filters that are ablated for an audit."""
 
@@ -41,7 +44,7 @@ def shrink_(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     loss: Loss | None = None,
     policy: Policy | None = None,
-    reviews: int = 3,
+    reviews: int | None = None,
     effort: Effort | None = None,
     norms: NormsAfter = "corrected",
     seed: int = 0,
@@ -53,7 +56,8 @@ def shrink_(
     loss_fn, loss: as for `AutoWidth`; one of them.
     policy: where to end; Budget(macs=0.7) if not given. Nothing is inserted, and no plan is put off: nothing heals in
         between.
-    reviews: in how many steps; each works out anew what channels can take over.
+    reviews: in how many steps; each works out anew what channels can take over. None: one for every tenth of the cost
+        that a budget takes away, and at least three.
     norms: which statistics norms have afterwards: "corrected" keeps those of the network, moved by as much as the
         removal moves them on the batches; "precise" takes plain averages over the batches.
 
@@ -78,7 +82,13 @@ def review_(reviewer: Reviewer, step: int) -> None:
         reviewer.model.eval()
 
 
-def untrained(policy: Policy, reviews: int) -> Policy:
+def reviews_for(policy: Policy) -> int:
+    """How many reviews the removal of so much takes."""
+    share = policy.target if isinstance(policy, Budget) and not policy.is_absolute else 1.0
+    return max(FEWEST, round((1 - share) / EACH))
+
+
+def untrained(policy: Policy, reviews: int | None = None) -> Policy:
     """The policy for a network that does not train: so many reviews, no insertion, and no plan is put off.
 
     Raises ShrinkError for a policy without limits or schedule of the usual kind, or one that never reviews.
@@ -88,7 +98,7 @@ def untrained(policy: Policy, reviews: int) -> Policy:
         raise ShrinkError(f"policy {policy} has no schedule of reviews: pass Budget(...), Price(...) or Auto()")
     changed: Policy = replace(
         policy,
-        schedule=Schedule(count=reviews, begin=0.0, end=1.0),
+        schedule=Schedule(count=reviews or reviews_for(policy), begin=0.0, end=1.0),
         limits=replace(limits, offer=0.0, max_move=1.0, tolerance=math.inf),
     )
     return changed

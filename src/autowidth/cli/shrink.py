@@ -20,6 +20,7 @@ from autowidth.lab.saved import table_of
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.shrinking import Shrunk, shrink
 from autowidth.policy import Budget
+from autowidth.shrink import reviews_for
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -46,7 +47,9 @@ def command(
     tolerance: Annotated[
         float, typer.Option(min=0, help="without a target: points of held-out accuracy that may be lost")
     ] = 0.5,
-    reviews: Annotated[int, typer.Option(min=1, help="steps to a target")] = 3,
+    reviews: Annotated[
+        int | None, typer.Option(min=1, help="steps to a target; not given: one for every tenth that goes, at least 3")
+    ] = None,
     holdout: Annotated[float, typer.Option(help="share of the training images on which that is measured")] = 0.1,
     out: Annotated[
         Path | None, option("out", help="folder of the result; default runs/MODEL-DATA-shrunk or the next free name")
@@ -60,7 +63,7 @@ def command(
         settings = _settings(what, given(options) | {"holdout": holdout}, out)
         policy = _budget(macs, params)
         console = console_for(stderr=as_json)
-        with _display(console, reviews if policy else None) as display:
+        with _display(console, (reviews or reviews_for(policy)) if policy else None) as display:
             result = shrink(
                 settings, policy=policy, reviews=reviews, tolerance=tolerance / 100, report=display.show,
                 pulse=display.pulse,

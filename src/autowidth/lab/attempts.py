@@ -34,6 +34,7 @@ from autowidth.cost import macs_cost
 from autowidth.engine import AutoWidth
 from autowidth.history import History
 from autowidth.lab.data import ImageSet
+from autowidth.lab.guessing import GLANCE, LARGEST, SMALLEST, first_share, healed_share, may_be_won_back
 from autowidth.lab.judging import Evidence, Judge, difference, seen
 from autowidth.lab.keeping import TRAINING, anywhere
 from autowidth.lab.lock import locked
@@ -44,9 +45,12 @@ from autowidth.lab.result import Attempt, Kept, Progress, Report, Result, silent
 from autowidth.lab.resuming import WHOLE, begin_row, check_anew, parts_of
 from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
+from autowidth.lab.shrinking import STEP, in_steps
 from autowidth.layers import layers_of
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
 from autowidth.review.effort import Effort
+from autowidth.review.review import Reviewer
+from autowidth.shrink import STEPS, review_
 from autowidth.trace import trace
 
 JUDGED = 500
@@ -71,16 +75,7 @@ TEACHER = 1 / 3
 REVIEWS = 0.04
 """What the reviews of an attempt take, as a share of the time of the whole network."""
 
-EXPONENT = 0.3
-"""Of the power law of loss and size by which the first attempt is guessed: for short training after a removal."""
-
-HEALING = 100
-"""Optimizer steps after which a network of half the MACs is itself again, and one of a third after twice as many."""
-
-SMALLEST, LARGEST = 0.25, 0.9
-"""Shares of the MACs that an attempt may aim at: below, too little is known; above, too little is won."""
-
-STEPS, FEWEST, END, EVERY = 6, 2, 0.3, 40
+MANY, FEWEST, END, EVERY = 6, 2, 0.3, 40
 """When an attempt removes filters: in six steps up to three tenths of it, between which the network recovers, or in
 fewer where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
 
@@ -90,21 +85,6 @@ LOOK = (256, 128)
 
 UNHINDERED = 1e9
 """Nats that a plan may cost beyond what was foretold: the judgement at the end decides, no review before it."""
-
-
-def first_share(loss: float, allowed: float) -> float:
-    """The share of the MACs at which a network of this loss loses as many nats as are allowed, by a power law.
-
-    loss ~ MACs ** -EXPONENT, so that a network whose loss is next to nothing may become very small. Between SMALLEST
-    and LARGEST.
-    """
-    share: float = (1 + allowed / max(loss, 1e-6)) ** (-1 / EXPONENT)
-    return min(max(share, SMALLEST), LARGEST)
-
-
-def healed_share(steps: int) -> float:
-    """The least share of the MACs at which so many steps make up for a removal."""
-    return 1 / (1 + steps / HEALING)
 
 
 def epochs_for(share: float, time: float, epochs: int) -> int:
@@ -261,7 +241,11 @@ class _Row:
             whole = self._brought(network.to(self.device))
         reference = self.judge.seen(whole.network)
         kept, share, left = whole, 1.0, settings.keep_time - 1
-        aim = self._first_aim(reference.loss)
+        if settings.weights is None:
+            aim = self._first_aim(reference.loss)
+        else:
+            kept, aim = self._narrowed(whole, reference)
+            share = kept.macs / whole.macs
         while aim <= LARGEST and left > 1e-9 and (epochs := self._epochs(aim, left)):
             found = self._attempt(kept, aim / share, epochs, whole)
             if found is None:
@@ -306,10 +290,49 @@ class _Row:
         self.course.passed(result, about=str(images), steps=0)
         return result
 
+    def _narrowed(self, whole: Result, reference: Evidence) -> tuple[Result, float]:
+        """The brought network as narrow as it may be without training, and the share that training may win back."""
+        own, network = self.settings.effort or GLANCE, copy.deepcopy(whole.network)
+        reviewer = in_steps(
+            network, self.settings.model_copy(update={"effort": own}), self.images, limits=self._limits()
+        )
+        began, aim, kept, words = time.perf_counter(), LARGEST, whole, ""
+        for step in reviewer.policy.reviews(STEPS):
+            review_(reviewer, step)
+            share, evidence = reviewer.macs / whole.macs, self.judge.seen(network)
+            verdict = self.judge.verdict(evidence, reference)
+            self.course.say(f"without training, at {share:.1%} of the MACs: {verdict.words}")
+            if verdict.holds:
+                kept = self._as_narrowed(whole, reviewer)
+            words = verdict.words if verdict.holds or kept is whole else words
+            may_be = may_be_won_back(evidence.loss - reference.loss, self.judge.allowed) and aim > SMALLEST
+            if not (verdict.holds or may_be):
+                break
+            aim = share
+        share, seconds = kept.macs / whole.macs, time.perf_counter() - began
+        attempt = Attempt(
+            aim=share, macs=share, epochs=0, judged=words, stays=kept is not whole, seconds=seconds
+        )  # fmt: skip
+        self.tried.append((attempt, replace(kept, seconds=seconds)))
+        return kept, min(max(aim, SMALLEST), STEP * share)
+
+    def _as_narrowed(self, whole: Result, reviewer: Reviewer) -> Result:
+        """The network of the reviewer as it is now, as what became of the whole one before the first step of a run."""
+        network, record = copy.deepcopy(reviewer.model), reviewer.history
+        history = History(record.widths_start, layers=record.layers)
+        for event in record:
+            history.append(replace(event, step=0))
+        channel_map = trace(network, torch.zeros(2, *self.images.image_shape, device=self.device))
+        return replace(
+            whole, network=network, channel_map=channel_map, history=history, macs=reviewer.macs,
+            params=reviewer.params, widths=channel_map.widths, reviews=len(history), removed=history.removed_total,
+            review_seconds=sum(sum(event.seconds.values()) for event in history),
+        )  # fmt: skip
+
     def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:
         """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
-        settings, number = self.settings, len(self.tried) + 1
-        count = min(max(self._each * epochs // EVERY, FEWEST), STEPS)
+        settings, number = self.settings, self._trained + 1
+        count = min(max(self._each * epochs // EVERY, FEWEST), MANY)
         schedule = Schedule(count=count, begin=0.0, end=END)
         policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
@@ -355,7 +378,7 @@ class _Row:
         )  # fmt: skip
         self.tried.append((attempt, found))
         became = "stays" if verdict.holds else "is taken back"
-        self.course.say(f"attempt {len(self.tried)}, at {attempt.macs:.1%} of the MACs, {became}: {verdict.words}")
+        self.course.say(f"attempt {self._trained}, at {attempt.macs:.1%} of the MACs, {became}: {verdict.words}")
         return verdict.holds
 
     # ---- what it comes to
@@ -383,6 +406,11 @@ class _Row:
                 attempts=tuple(attempt for attempt, _ in self.tried),
             ),
         )  # fmt: skip
+
+    @property
+    def _trained(self) -> int:
+        """How many attempts with training there were."""
+        return sum(attempt.epochs > 0 for attempt, _ in self.tried)
 
     @property
     def _each(self) -> int:

@@ -31,6 +31,7 @@ training images. An asterisk marks the best row of a column."""
 LEFT = """The same with norms as each method leaves them:"""
 
 TUNED = """Equal epochs, one recipe; networks that start from fresh weights get the rate and schedule that these need.
+With `-taught` behind its name a method learns from the network that was brought as well as from labels.
 Seconds are those of the whole way, reviews and removal included, on the device that stands beside them."""
 
 THEIRS: Mapping[str, tuple[tuple[str, float, float], ...]] = {

@@ -98,8 +98,8 @@ def dense(task: Removal) -> nn.Module:
     return copy.deepcopy(task.network)
 
 
-def ours(task: Removal, *, reviews: int = 3) -> nn.Module:
-    """What `shrink_` does with so many reviews."""
+def ours(task: Removal, *, reviews: int | None = None) -> nn.Module:
+    """What `shrink_` does with so many reviews, None for its own number."""
     network = copy.deepcopy(task.network)
     shrink_(
         network, example_inputs=task.example(), loss=LOSS, policy=Budget(macs=task.macs), reviews=reviews,

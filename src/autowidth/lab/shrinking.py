@@ -18,7 +18,7 @@ from autowidth.lab.prepare import build_network, check_folder, find_device, load
 from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
-from autowidth.policy import Budget, BudgetError, Policy
+from autowidth.policy import Budget, BudgetError, Limits, Policy
 from autowidth.review.batches import of_pairs
 from autowidth.review.review import Reviewer
 from autowidth.shrink import STEPS, review_, reviewer_of, untrained
@@ -28,6 +28,10 @@ STEP = 0.9
 
 MOST = 20
 """Steps where no target is given: at most down to an eighth of the MACs."""
+
+
+LIMITS = Limits()
+"""What reviews may do where nothing is said."""
 
 
 class HoldoutError(AutoWidthError, ValueError):
@@ -66,18 +70,18 @@ def shrink(
     settings: Settings,
     *,
     policy: Policy | None = None,
-    reviews: int = 3,
+    reviews: int | None = None,
     tolerance: float = 0.005,
     report: Callable[[Shrunk], None] = _nobody,
     pulse: Callable[[], None] = _still,
 ) -> Shrunk:
     """Makes the network of the settings, with their weights, smaller; with `out` set, writes it there as a run.
 
-    With a policy it ends where that says, in so many reviews. Without one it goes on in steps of a tenth of the MACs
-    while held-out accuracy is at most `tolerance` below that of the start, and takes the last step back. `report` is
-    called at the start and after every step, `pulse` after every batch that a review looks at. Held-out images are set
-    apart from the reviews, not from whoever trained the network: of a network that knows its training images by heart
-    they say little.
+    With a policy it ends where that says, in so many reviews, None for as many as it takes. Without one it goes on in
+    steps of a tenth of the MACs while held-out accuracy is at most `tolerance` below that of the start, and takes the
+    last step back. `report` is called at the start and after every step, `pulse` after every batch that a review looks
+    at. Held-out images are set apart from the reviews, not from whoever trained the network: of a network that knows
+    its training images by heart they say little.
 
     Raises HoldoutError, what `train` raises before training, and what `autowidth.shrink_` raises.
     """
@@ -97,6 +101,36 @@ def shrink(
     return result
 
 
+def reviewed(
+    network: nn.Module, settings: Settings, images: ImageSet, policy: Policy,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Reviewer:  # fmt: skip
+    """What reviews the network, on training images as training sees them. Raises what `shrink_` raises."""
+    together = min(at_once(images, PROBED), len(images.train))
+    return reviewer_of(
+        network, example_inputs=torch.zeros(2, *images.image_shape, device=images.train.labels.device),
+        batches=images.training_batches(together, seed=settings.seed), loss=of_pairs(loss), policy=policy,
+        effort=settings.effort, norms="corrected", seed=settings.seed,
+    )  # fmt: skip
+
+
+def in_steps(
+    network: nn.Module, settings: Settings, images: ImageSet,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, limits: Limits = LIMITS,
+) -> Reviewer:  # fmt: skip
+    """The same for steps of `STEP` of the MACs each, as many as the least widths allow and `MOST` at most."""
+
+    def towards(count: int) -> Reviewer:
+        return reviewed(network, settings, images, untrained(Budget(macs=STEP**count, limits=limits), count), loss)
+
+    for count in range(MOST, 1, -1):
+        try:
+            return towards(count)
+        except BudgetError:
+            continue
+    return towards(1)
+
+
 class _Work:
     """The network that is made smaller, and what it was."""
 
@@ -104,34 +138,18 @@ class _Work:
         self, settings: Settings, images: ImageSet, network: nn.Module, policy: Policy | None, pulse: Callable[[], None]
     ) -> None:
         self.settings, self.images, self.began, self.pulse = settings, images, time.perf_counter(), pulse
-        self.reviewer = self._reviewer(network, policy) if policy is not None else self._stepping(network)
+        self.reviewer = (
+            in_steps(network, settings, images, loss=self._loss)
+            if policy is None
+            else reviewed(network, settings, images, policy, loss=self._loss)
+        )
         self.macs_start, self.params_start = self.reviewer.macs, self.reviewer.params
         self.accuracy_start = self.accuracy()
-
-    def _reviewer(self, network: nn.Module, policy: Policy) -> Reviewer:
-        """What reviews the network, on training images as training sees them."""
-        images, settings = self.images, self.settings
-        example = torch.zeros(2, *images.image_shape, device=images.train.labels.device)
-        together = min(at_once(images, PROBED), len(images.train))
-        return reviewer_of(
-            network, example_inputs=example, batches=images.training_batches(together, seed=settings.seed),
-            loss=of_pairs(self._loss), policy=policy, effort=settings.effort, norms="corrected",
-            seed=settings.seed,
-        )  # fmt: skip
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy of a batch, of which somebody is told."""
         self.pulse()
         return F.cross_entropy(scores, labels)
-
-    def _stepping(self, network: nn.Module) -> Reviewer:
-        """The same for steps of equal shares, as many as the least widths allow."""
-        for count in range(MOST, 1, -1):
-            try:
-                return self._reviewer(network, untrained(Budget(macs=STEP**count), count))
-            except BudgetError:
-                continue
-        return self._reviewer(network, untrained(Budget(macs=STEP), 1))
 
     def until(self, tolerance: float | None, report: Callable[[Shrunk], None]) -> Shrunk:
         """All reviews, or those that cost at most this much held-out accuracy."""

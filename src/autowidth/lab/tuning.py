@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -47,23 +48,29 @@ class Tuning:
 PLAINLY = Method(policy=Never())
 
 
-def dense(task: Tuning) -> Result:
+def dense(task: Tuning, *, taught: bool = False) -> Result:
     """The network as it was brought, trained on."""
-    return task.trained(task.network, PLAINLY)
+    return task.trained(task.network, _by(task, PLAINLY, taught))
 
 
-def ours(task: Tuning) -> Result:
+def ours(task: Tuning, *, taught: bool = False) -> Result:
     """What `autowidth train --weights` does, with the target as its budget."""
-    return task.trained(task.network, Method(policy=budget_of(task.settings, macs=task.macs)))
+    return task.trained(task.network, _by(task, Method(policy=budget_of(task.settings, macs=task.macs)), taught))
 
 
-def shrunk_first(task: Tuning, *, name: str) -> Result:
+def _by(task: Tuning, method: Method, taught: bool) -> Method:
+    """The method, taught by the network that was brought if so asked."""
+    return replace(method, teacher=copy.deepcopy(task.network).eval()) if taught else method
+
+
+def shrunk_first(task: Tuning, *, name: str, taught: bool = False) -> Result:
     """Made smaller at once by a method of the table without training, then trained on."""
+    method = _by(task, PLAINLY, taught)
     began, worked = time.perf_counter(), time.process_time()
     removal = Removal(network=task.network, images=task.images, macs=task.macs, seed=task.settings.seed)
     network = METHODS[name](removal)
     seconds, busy = time.perf_counter() - began, time.process_time() - worked
-    found = task.trained(network, PLAINLY)
+    found = task.trained(network, method)
     return replace(found, seconds=found.seconds + seconds, cpu_seconds=found.cpu_seconds + busy, review_seconds=seconds)
 
 
@@ -80,16 +87,28 @@ def uniform_from_scratch(task: Tuning) -> Result:
     return finish.result
 
 
-TUNED: Mapping[str, Callable[[Tuning], Result]] = {
+SHRUNK: Mapping[str, Callable[..., Result]] = {
+    name: partial(shrunk_first, name=name)
+    for name in METHODS
+    if name not in ("dense", "autowidth") and not name.endswith("-reconstructed")
+}
+"""The methods that remove at once, before training."""
+
+TEACHABLE: Mapping[str, Callable[..., Result]] = {
     "dense": dense,
     "autowidth": ours,
     "autowidth-shrunk": partial(shrunk_first, name="autowidth"),
+    **SHRUNK,
+}
+"""The methods that start from the network that is brought, and may learn from it."""
+
+TAUGHT = "-taught"
+"""Behind the name of a method: it learns from the network that was brought as well as from labels."""
+
+TUNED: Mapping[str, Callable[[Tuning], Result]] = {
+    **TEACHABLE,
+    **{name + TAUGHT: partial(method, taught=True) for name, method in TEACHABLE.items()},
     "retrained": our_widths_from_scratch,
     "uniform": uniform_from_scratch,
-    **{
-        name: partial(shrunk_first, name=name)
-        for name in METHODS
-        if name not in ("dense", "autowidth") and not name.endswith("-reconstructed")
-    },
 }
 """The methods by name, as in the comparisons of runs; `autowidth-shrunk` removes at once, before training."""

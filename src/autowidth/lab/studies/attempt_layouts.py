@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import typer
 
-from autowidth.lab.attempts import END, STEPS, UNHINDERED
+from autowidth.lab.attempts import END, MANY, UNHINDERED
 from autowidth.lab.data import ImageSet
 from autowidth.lab.judging import Judge, difference, seen
 from autowidth.lab.loop import Method, train
@@ -44,7 +44,7 @@ class Layout:
     """
 
     aim: float = 0.5
-    count: int = STEPS
+    count: int = MANY
     end: float = END
     epochs: float = 0.3
     rate: float = 0.4
