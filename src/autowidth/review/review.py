@@ -222,8 +222,7 @@ class Reviewer:
         )
         features = profits(found.sums, self.channel_map)
         clock.lap("probe")
-        baseline = subject.loss_without({}) if subject.measures else None
-        fidelity, calibration = self._audit(features, replace(subject, known=found.known), baseline)
+        fidelity, calibration, baseline = self._audit(features, replace(subject, known=found.known))
         clock.lap("audit")
         return Judgement(
             worths=_worths(features, calibration), known=found.known, loss=found.loss, fidelity=fidelity,
@@ -248,18 +247,21 @@ class Reviewer:
         )
 
     def _audit(
-        self, features: Mapping[str, Tensor], subject: Subject, baseline: float | None
-    ) -> tuple[Fidelity | None, Calibration]:
-        """Ablates a few filters. Returns how well the worths had predicted that, and what is learnt from it."""
+        self, features: Mapping[str, Tensor], subject: Subject
+    ) -> tuple[Fidelity | None, Calibration, float | None]:
+        """Ablates a few filters. Returns how well the worths had predicted that, what is learnt, the loss without."""
+        if not subject.measures:
+            return None, self.calibration, None
         worths = _worths(features, self.calibration)
-        picks = [] if baseline is None else sample(worths, self.effort.audit_filters, self.rng)
-        if baseline is None or not picks:
-            return None, self.calibration
-        changes = np.array([subject.loss_without({name: [channel]}) - baseline for name, channel in picks])
+        picks = sample(worths, self.effort.audit_filters, self.rng)
+        baseline, *losses = subject.losses_without([{}, *({name: [channel]} for name, channel in picks)])
+        if not picks:
+            return None, self.calibration, baseline
+        changes = np.array(losses) - baseline
         rows = np.array([features[name][channel].tolist() for name, channel in picks])
         spearman, slope = agreement(rows @ self.calibration.vector(), changes)
         fidelity = Fidelity(spearman=spearman, slope=slope, count=len(picks))
-        return fidelity, refit(self.calibration, rows, changes)
+        return fidelity, refit(self.calibration, rows, changes), baseline
 
     # ---- decide
 
@@ -283,15 +285,20 @@ class Reviewer:
 
     def _with_trials(self, reports: tuple[GroupReport, ...], subject: Subject) -> tuple[GroupReport, ...]:
         """The reports with what the weakest filters of every group cost together, measured on the held-out part."""
-        before = subject.loss_without({}, norms="batch")
-        found = []
-        for report in reports:
-            weakest = report.judged[: round(self.policy.limits.trial_share * len(report.judged))]
-            if weakest and np.isfinite([report.worth[c] for c in report.judged]).all():
-                rise = subject.loss_without({report.name: weakest}, norms="batch") - before
-                report = replace(report, together=(len(weakest), rise))
-            found.append(report)
-        return tuple(found)
+        weakest = {
+            report.name: report.judged[: round(self.policy.limits.trial_share * len(report.judged))]
+            for report in reports
+            if np.isfinite([report.worth[c] for c in report.judged]).all()
+        }
+        trials: list[dict[str, tuple[int, ...]]] = [{name: channels} for name, channels in weakest.items() if channels]
+        before, *after = subject.losses_without([{}, *trials], norms="batch")
+        rises = {name: loss - before for trial, loss in zip(trials, after, strict=True) for name in trial}
+        return tuple(
+            replace(report, together=(len(weakest[report.name]), rises[report.name]))
+            if report.name in rises
+            else report
+            for report in reports
+        )
 
     def _agreement(self, latest: Fidelity | None) -> float | None:
         """How well the worths ranked the filters of the last audits, mean of Spearman's rank correlations."""

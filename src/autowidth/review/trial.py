@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +13,7 @@ from autowidth.channels import ChannelMap
 from autowidth.ranks import ALONE, Ranks
 from autowidth.review.batches import Batches, Loss, mean_loss, samples_in
 from autowidth.review.reconstruct import Reconstruction, Removed, readers_without
+from autowidth.review.replay import mean_losses
 from autowidth.review.state import (
     NormShift,
     batch_norms,
@@ -74,11 +75,21 @@ class Subject:
         Zeroing what the readers make of a channel has the effect of removing it, norms across channels excepted. The
         model is afterwards as it was, bit for bit.
         """
-        batches = self.held_out
-        if norms == "batch":
-            batches = [batch for batch in batches if samples_in(batch) > 1] or batches
         with self._without(removed), self._norms(norms):
-            return mean_loss(self.model, batches, self.loss, self.ranks)
+            return mean_loss(self.model, self._batches(norms), self.loss, self.ranks)
+
+    def losses_without(self, many: Sequence[Removed], *, norms: Literal["kept", "batch"] = "kept") -> list[float]:
+        """`loss_without` of each of these, where norms need no look at scoring data; what passes share is done once."""
+        tensors = named_tensors(self.model)
+        others = [readers_without(removed, self.channel_map, self.known, tensors) for removed in many]
+        with self._norms(norms):
+            return mean_losses(self.model, self._batches(norms), self.loss, others, self.ranks)
+
+    def _batches(self, norms: Norms) -> Batches:
+        """The held-out batches that can be looked at with such norms."""
+        if norms != "batch":
+            return self.held_out
+        return [batch for batch in self.held_out if samples_in(batch) > 1] or self.held_out
 
     def corrected_without(self, removed: Removed) -> list[tuple[Tensor, Tensor]]:
         """(buffer, what it should hold without these channels) of corrected norms; the model is left alone."""

@@ -1,0 +1,212 @@
+"""Passes that differ in a few weights: the same losses to the last bit, with less work, whatever a model does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from autowidth.lab.models import build
+from autowidth.review import replay
+from autowidth.review.batches import mean_loss, of_pairs
+from autowidth.review.replay import Recording, mean_losses
+from autowidth.review.state import named_tensors, swapped
+
+CE = of_pairs(F.cross_entropy)
+
+FEW = 6
+"""About so many weights of a network are changed in turn."""
+
+
+def data(shape: tuple[int, ...] = (3, 8, 8), sizes: tuple[int, ...] = (5, 3)) -> list[tuple[Tensor, Tensor]]:
+    source = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, *shape, generator=source), torch.arange(n) % 10) for n in sizes]
+
+
+def changed(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Nothing; every weight in turn, a tenth less of it; two weights at once."""
+    weights = {name: p.detach() * 0.9 for name, p in model.named_parameters()}
+    first, *_, last = weights
+    return [
+        {},
+        *({name: content} for name, content in weights.items()),
+        {name: weights[name] for name in (first, last)},
+    ]
+
+
+def slowly(model: nn.Module, batches: Any, others: list[dict[str, Tensor]]) -> list[float]:
+    found = []
+    for other in others:
+        with swapped(model, other):
+            found.append(mean_loss(model, batches, CE))
+    return found
+
+
+class Counting(TorchFunctionMode):
+    """How many convolutions and linear layers are worked out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (F.conv2d, F.linear)
+        return func(*args, **(kwargs or {}))
+
+
+# ---- models that bear it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["densenet22", "googlenet", "mobilenetv2", "resnet20-padding", "vgg8"])
+@pytest.mark.parametrize("training", [False, True])
+def test_losses_are_those_of_plain_passes(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = build(name, width=0.25).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    others = changed(model)
+    before = copy.deepcopy(model.state_dict())
+    assert mean_losses(model, data(), CE, others) == slowly(model, data(), others)
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if "num_batches" not in key)
+
+
+def test_what_comes_before_a_change_is_not_worked_out_again() -> None:
+    model = build("vgg8", width=0.25).eval()
+    weights = [name for name, p in model.named_parameters() if p.dim() > 1]
+    others = [{name: named_tensors(model)[name] * 0.5} for name in weights]
+    with Counting() as counting:
+        mean_losses(model, data(sizes=(4,)), CE, others)
+    layers = len(weights)
+    assert counting.count == 2 * layers + layers * (layers + 1) // 2  # plain, recorded, and from each layer to the last
+
+
+class Odd(nn.Module):
+    """Parts that a test puts together."""
+
+    def __init__(self, forward: Callable[[Odd, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 10)
+        self.forwarded = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.forwarded(self, x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def in_place_by_keyword(model: Odd, x: Tensor) -> Tensor:
+    return F.relu(model.b(F.relu(model.a(x), inplace=True)), inplace=True)
+
+
+def in_place_sum(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    z = model.b(y)
+    z += y
+    z *= 2
+    return z
+
+
+def in_place_by_name(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    y.relu_()
+    return model.b(y).clamp_(min=-1)
+
+
+def written_by_index(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    y[:, 0] = 0
+    return model.b(y)
+
+
+def read_by_its_old_name(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    old = y
+    y += 1
+    return model.b(y) + old
+
+
+def a_sum_thrown_away(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    y.add_(1)
+    return model.b(y)
+
+
+def another_way(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    return model.b(y) if y.sum() > 0 else model.b(model.b(y))
+
+
+def the_input_written_to(model: Odd, x: Tensor) -> Tensor:
+    return model.b(model.a(x.clone().sub_(0.5)))
+
+
+def through_a_view(model: Odd, x: Tensor) -> Tensor:
+    y = model.a(x)
+    y.view(-1)[:3] = 7
+    return model.b(y.flatten(2).unflatten(2, x.shape[2:]))
+
+
+ODD = [
+    in_place_by_keyword, in_place_sum, in_place_by_name, written_by_index, read_by_its_old_name, a_sum_thrown_away,
+    another_way, the_input_written_to, through_a_view,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", ODD, ids=[forward.__name__ for forward in ODD])
+def test_whatever_a_model_does_the_losses_are_right(forward: Callable[[Odd, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Odd(forward).eval()
+    others = changed(model)
+    assert mean_losses(model, data(), CE, others) == slowly(model, data(), others)
+
+
+@pytest.mark.parametrize("forward", [in_place_by_keyword, in_place_sum], ids=["keyword", "sum"])
+def test_usual_ways_to_work_in_place_are_spared_too(forward: Callable[[Odd, Tensor], Tensor]) -> None:
+    model = Odd(forward).eval()
+    others = [{"c.bias": torch.ones(10) * n} for n in range(4)]
+    with Counting() as counting:
+        mean_losses(model, data(sizes=(4,)), CE, others)
+    assert counting.count == 3 + 3 + 4
+
+
+def test_a_model_that_does_not_bear_it_is_asked_plainly() -> None:
+    model = Odd(read_by_its_old_name).eval()
+    others = [{"c.bias": torch.ones(10) * n} for n in range(4)]
+    with Counting() as counting:
+        mean_losses(model, data(sizes=(4,)), CE, others)
+    assert counting.count == 3 + 3 + 4 * 3
+
+
+def test_a_shared_weight_is_seen_wherever_it_is_used() -> None:
+    model = Odd(another_way).eval()
+    model.b.weight.data *= 3
+    others = [{"b.weight": model.b.weight.detach() * factor} for factor in (0.1, 0.5, -1.0, 2.0)]
+    assert mean_losses(model, data(), CE, others) == slowly(model, data(), others)
+
+
+def test_few_trials_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd(in_place_sum).eval()
+    monkeypatch.setattr(replay, "Recording", None)
+    others = [{}, {"a.bias": torch.ones(6)}, {"b.bias": torch.ones(6)}]
+    assert mean_losses(model, data(), CE, others) == slowly(model, data(), others)
+
+
+def test_a_recording_repeats_its_results_where_nothing_changed() -> None:
+    model, ((x, _), *_) = Odd(in_place_sum).eval(), data()
+    with torch.no_grad(), Recording(named_tensors(model).values()) as recorded:
+        first = model(x)
+    with torch.no_grad(), recorded.again([]):
+        assert model(x) is first
+    with torch.no_grad(), recorded.again([]):
+        assert model(x.clone()) is not first
+    first.add_(1)
+    with torch.no_grad(), recorded.again([]):
+        assert model(x) is not first
