@@ -157,10 +157,10 @@ class Reviewer:
             decision = self.policy.decide(situation)
             decision = replace(decision, notes=(*notes, *decision.notes))
             clock.lap("decide")
-            decision, measured = self._try(decision, situation, judgement, subject)
+            decision, tried = self._try(decision, situation, judgement, subject)
             self.ranks.check_same({"a plan": repr(sorted(decision.plan.items()))}, "give all the same policy")
             clock.lap("audit")
-            event = self._commit(journal, decision, situation, judgement, subject, measured, clock)
+            event = self._commit(journal, decision, situation, judgement, subject, tried, clock)
             for wrapper in wrappers if decision.plan else ():
                 rebuild(wrapper)
         if decision.plan:
@@ -315,35 +315,38 @@ class Reviewer:
 
     def _try(
         self, decision: Decision, situation: Situation, judgement: Judgement, subject: Subject
-    ) -> tuple[Decision, float | None]:
-        """The decision and its measured loss change; a shrunk one where that exceeds what the policy allows."""
-        measured = self._change_by(decision.plan, judgement, subject)
-        if not decision.plan or measured is None or measured <= decision.max_rise:
-            return decision, measured
+    ) -> tuple[Decision, _Tried]:
+        """The decision and what its trial found; a shrunk one where that exceeds what the policy allows."""
+        tried = self._tried(decision.plan, judgement, subject)
+        if not decision.plan or tried.change is None or tried.change <= decision.max_rise:
+            return decision, tried
         lesser = shrunk(decision, situation.groups)
-        cost = f"{measured:.3g} nats, more than the {decision.max_rise:.3g} allowed"
+        cost = f"{tried.change:.3g} nats, more than the {decision.max_rise:.3g} allowed"
         note = f"the plan would have cost {cost}: half of it was made"
-        return replace(lesser, notes=(*lesser.notes, note)), self._change_by(lesser.plan, judgement, subject)
+        return replace(lesser, notes=(*lesser.notes, note)), self._tried(lesser.plan, judgement, subject)
 
-    def _change_by(self, plan: ResizePlan, judgement: Judgement, subject: Subject) -> float | None:
-        """What the removals of a plan do to the loss on the held-out part, nats per sample, tried without surgery."""
+    def _tried(self, plan: ResizePlan, judgement: Judgement, subject: Subject) -> _Tried:
+        """What the removals of a plan do to the loss on the held-out part, tried without surgery."""
         removed = _removed(plan)
         if judgement.baseline is None or not removed:
-            return None if judgement.baseline is None else 0.0
-        return subject.loss_without(removed, norms=self.norms) - judgement.baseline
+            return _Tried(change=None if judgement.baseline is None else 0.0)
+        if self.norms == "corrected":
+            loss, corrected = subject.corrected_loss_without(removed)
+            return _Tried(change=loss - judgement.baseline, corrected=corrected)
+        return _Tried(change=subject.loss_without(removed, norms=self.norms) - judgement.baseline)
 
     # ---- commit
 
     def _commit(
         self, journal: Journal, decision: Decision, situation: Situation, judgement: Judgement, subject: Subject,
-        measured: float | None, clock: _Clock,
+        tried: _Tried, clock: _Clock,
     ) -> Event:  # fmt: skip
         """Makes the decision and records it; both, or neither."""
         before = (self.macs, self.params)
         memory = Memory.of(self.model, self.optimizers, self.followers)
         self._assign(journal, "calibration", judgement.calibration)
         if decision.plan:
-            self._resize(journal, decision.plan, subject)
+            self._resize(journal, decision.plan, subject, tried.corrected)
             if self.norms == "precise":  # the statistics of the old network say nothing about the new one
                 found = precise_statistics(
                     self.model, subject.scoring, subject.loss, among=subject.trained, ranks=self.ranks
@@ -355,7 +358,7 @@ class Reviewer:
         worths = {name: worth for name, worth in judgement.worths.items() if np.isfinite(worth).all()}
         event = Event(
             step=situation.step, total_steps=situation.total_steps, loss=judgement.loss, predicted=decision.predicted,
-            measured=measured, price=decision.price, target=decision.target, unit=decision.unit,
+            measured=tried.change, price=decision.price, target=decision.target, unit=decision.unit,
             macs_before=before[0], macs=self.macs, params_before=before[1], params=self.params,
             widths=self.channel_map.widths, maps=dict(decision.plan),
             worths={name: _span(worth) for name, worth in worths.items()},
@@ -368,10 +371,11 @@ class Reviewer:
         journal.call(lambda: self.history.append(event), lambda: self.history.retract(event))
         return event
 
-    def _resize(self, journal: Journal, plan: ResizePlan, subject: Subject) -> None:
+    def _resize(self, journal: Journal, plan: ResizePlan, subject: Subject, corrected: _Contents | None) -> None:
         """Surgery on everything that holds the model's shapes; co-channels first take over what is removed."""
         removed, known = _removed(plan), subject.known
-        corrected = subject.corrected_without(removed)
+        if corrected is None:
+            corrected = subject.corrected_without(removed)
         for module in (self.model, *map(body_of, self.followers)):
             tensors = named_tensors(module)
             refitted = readers_without(removed, self.channel_map, known, tensors)
@@ -407,6 +411,22 @@ class Reviewer:
         """Sets one of our attributes, to be taken back where the review fails."""
         before = getattr(self, name)
         journal.call(lambda: setattr(self, name, value), lambda: setattr(self, name, before))
+
+
+_Contents = list[tuple[Tensor, Tensor]]
+"""Buffers, and what they are to hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tried:
+    """What the trial of a plan found.
+
+    change: what it does to the loss, nats per sample, None where nothing was held out; corrected: what norms are to
+    hold afterwards, None where the trial did not work that out.
+    """
+
+    change: float | None
+    corrected: _Contents | None = None
 
 
 class _Clock:

@@ -78,6 +78,12 @@ class Subject:
         with self._without(removed), self._norms(norms):
             return mean_loss(self.model, self._batches(norms), self.loss, self.ranks)
 
+    def corrected_loss_without(self, removed: Removed) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+        """`loss_without` with corrected norms, and `corrected_without`, which it takes to know."""
+        corrected = corrected_norms(self.model, self.scoring, self.loss, self.shifts, ranks=self.ranks)
+        with self._without(removed), corrected as found:
+            return mean_loss(self.model, self.held_out, self.loss, self.ranks), found
+
     def losses_without(self, many: Sequence[Removed], *, norms: Literal["kept", "batch"] = "kept") -> list[float]:
         """`loss_without` of each of these, where norms need no look at scoring data; what passes share is done once."""
         tensors = named_tensors(self.model)
