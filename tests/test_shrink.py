@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from autowidth import Auto, Budget, Effort, Limits, Never, count_macs, shrink_
-from autowidth.attach import AttachError, NothingToResizeError
+from autowidth.attach import NothingToResizeError
 from autowidth.cli.shrink import _display as shrink_display
 from autowidth.lab.data import load
 from autowidth.lab.evaluating import evaluate_run
@@ -120,7 +120,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"policy": Budget(macs=1.5)}, BudgetError, "needs insertion"),
     ({"batches": []}, ProbeError, "no data"),
     ({"batches": iter([])}, ProbeError, "only once"),
-    ({"loss_fn": None}, AttachError, "neither loss_fn nor loss"),
 ]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from autowidth.attach import check_groups, check_kinds, check_start, first_batch, latency_of, loss_of
 from autowidth.errors import AutoWidthError
 from autowidth.history import History
-from autowidth.policy import Budget, Limits, Policy, Schedule
+from autowidth.policy import Budget, Limits, Never, Policy, Schedule
+from autowidth.review.answers import Answered, answers_loss
 from autowidth.review.batches import Loss, samples_of
 from autowidth.review.effort import Effort, FittedEffort
 from autowidth.review.review import Reviewer
@@ -53,7 +54,9 @@ def shrink_(
 
     batches: a loader or list that can be iterated again and again, of training data as training saw them: augmented as
         then, or statistics are of something else (docs/decisions/013). About a thousand samples are looked at.
-    loss_fn, loss: as for `AutoWidth`; one of them.
+    loss_fn, loss: as for `AutoWidth`; at most one of them. None: what counts is that the network, a classifier, goes on
+        giving its own softened answers (autowidth/review/answers.py), which tells far more where it knows the labels by
+        heart, and needs no labels.
     policy: where to end; Budget(macs=0.7) if not given. Nothing is inserted, and no plan is put off: nothing heals in
         between.
     reviews: in how many steps; each works out anew what channels can take over. None: one for every tenth of the cost
@@ -64,6 +67,8 @@ def shrink_(
     The network is in evaluation mode afterwards. A review that fails leaves it as the review before it did. Raises
     AttachError, ProbeError, NothingToResizeError, PolicyError, BudgetError, TraceError, ShrinkError.
     """
+    if loss_fn is None and loss is None:
+        batches, loss_fn = answered(model, batches, seed), answers_loss
     reviewer = reviewer_of(
         model, example_inputs=example_inputs, batches=batches, loss=loss_of(loss_fn, loss),
         policy=untrained(policy or Budget(macs=0.7), reviews), effort=effort, norms=norms, seed=seed,
@@ -71,6 +76,12 @@ def shrink_(
     for step in reviewer.policy.reviews(STEPS):
         review_(reviewer, step)
     return reviewer.history
+
+
+def answered(model: nn.Module, batches: Iterable[Any], seed: int) -> Answered:
+    """The batches with answers of the model as it is now for labels. Raises as `shrink_` does."""
+    check_kinds(model, (), batches, Never(), STEPS)
+    return Answered(batches, inner_model(model), seed=seed)
 
 
 def review_(reviewer: Reviewer, step: int) -> None:

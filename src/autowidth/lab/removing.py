@@ -102,7 +102,7 @@ def ours(task: Removal, *, reviews: int | None = None) -> nn.Module:
     """What `shrink_` does with so many reviews, None for its own number."""
     network = copy.deepcopy(task.network)
     shrink_(
-        network, example_inputs=task.example(), loss=LOSS, policy=Budget(macs=task.macs), reviews=reviews,
+        network, example_inputs=task.example(), policy=Budget(macs=task.macs), reviews=reviews,
         batches=task.images.training_batches(min(AT_ONCE, len(task.images.train)), seed=task.seed), seed=task.seed,
     )  # fmt: skip
     return network

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autowidth.errors import AutoWidthError
@@ -19,9 +18,10 @@ from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
 from autowidth.policy import Budget, BudgetError, Limits, Policy
+from autowidth.review.answers import answers_loss
 from autowidth.review.batches import of_pairs
 from autowidth.review.review import Reviewer
-from autowidth.shrink import STEPS, review_, reviewer_of, untrained
+from autowidth.shrink import STEPS, answered, review_, reviewer_of, untrained
 
 STEP = 0.9
 """Share of the MACs that a step leaves where no target is given."""
@@ -103,20 +103,21 @@ def shrink(
 
 def reviewed(
     network: nn.Module, settings: Settings, images: ImageSet, policy: Policy,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Callable[[Tensor, Tensor], Tensor] = answers_loss,
 ) -> Reviewer:  # fmt: skip
-    """What reviews the network, on training images as training sees them. Raises what `shrink_` raises."""
+    """What reviews the network by its own answers, to training images as training sees them. Raises as `shrink_`."""
     together = min(at_once(images, PROBED), len(images.train))
+    batches = answered(network, images.training_batches(together, seed=settings.seed), settings.seed)
     return reviewer_of(
         network, example_inputs=torch.zeros(2, *images.image_shape, device=images.train.labels.device),
-        batches=images.training_batches(together, seed=settings.seed), loss=of_pairs(loss), policy=policy,
+        batches=batches, loss=of_pairs(loss), policy=policy,
         effort=settings.effort, norms="corrected", seed=settings.seed,
     )  # fmt: skip
 
 
 def in_steps(
     network: nn.Module, settings: Settings, images: ImageSet,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, limits: Limits = LIMITS,
+    loss: Callable[[Tensor, Tensor], Tensor] = answers_loss, limits: Limits = LIMITS,
 ) -> Reviewer:  # fmt: skip
     """The same for steps of `STEP` of the MACs each, as many as the least widths allow and `MOST` at most."""
 
@@ -147,9 +148,9 @@ class _Work:
         self.accuracy_start = self.accuracy()
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy of a batch, of which somebody is told."""
+        """What a batch tells of the network's own answers, of which somebody is told."""
         self.pulse()
-        return F.cross_entropy(scores, labels)
+        return answers_loss(scores, labels)
 
     def until(self, tolerance: float | None, report: Callable[[Shrunk], None]) -> Shrunk:
         """All reviews, or those that cost at most this much held-out accuracy."""

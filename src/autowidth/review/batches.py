@@ -36,13 +36,13 @@ def of_pairs(loss_fn: Callable[[Any, Any], Tensor]) -> Loss:
                 f"the probe gives a {kind}, and loss_fn takes pairs (inputs, target): pass loss=, a function of "
                 "(model, batch), instead"
             )
-        inputs, target = _on_device_of(model, batch)
+        inputs, target = on_device_of(model, batch)
         return loss_fn(*_in_single((model(inputs), target)))
 
     return loss
 
 
-def _on_device_of(model: nn.Module, batch: Any) -> Any:
+def on_device_of(model: nn.Module, batch: Any) -> Any:
     """The batch with its tensors where the first parameter of the model is."""
     if not isinstance(model, nn.Module):  # a function of the inputs, as torch.func makes them
         return batch
