@@ -239,7 +239,7 @@ def test_the_suite_runs_goes_on_and_tells(place: Path, weights: Path, tmp_path: 
     assert len(json.loads((tmp_path / "published.json").read_text())) == 5
 
 
-@pytest.mark.parametrize("name", ["dense", "autowidth", "l1"])
+@pytest.mark.parametrize("name", ["autowidth", "l1"])
 def test_a_taught_method_learns_from_what_was_brought(name: str, place: Path, weights: Path) -> None:
     suite = find_suite("published", **asked(place, weights, tables=("fine-tuned",), epochs=1, methods=(name,)))
     settings = settings_for(suite.units[0].settings)
@@ -251,8 +251,7 @@ def test_a_taught_method_learns_from_what_was_brought(name: str, place: Path, we
         return list(TUNED[method](task).network.state_dict().values())
 
     before = copy.deepcopy(brought.state_dict())
-    plain, taught, again = ends(name), ends(name + TAUGHT), ends(name + TAUGHT)
-    assert all(torch.equal(a, b) for a, b in zip(taught, again, strict=True))
+    plain, taught = ends(name), ends(name + TAUGHT)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(plain, taught, strict=True))
     assert all(torch.equal(before[key], content) for key, content in brought.state_dict().items())
 
