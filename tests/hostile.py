@@ -415,7 +415,11 @@ class Loader:
     @staticmethod
     def _started() -> subprocess.Popen[str]:
         here = str(Path(__file__).parent)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([here, *sys.path]),
+            "MALLOC_MMAP_THRESHOLD_": str(2**20),  # or glibc keeps some freed tensors, now these and now those
+        }
         program = [sys.executable, "-c", "import hostile; hostile.serve()"]
         return subprocess.Popen(program, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
