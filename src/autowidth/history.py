@@ -395,6 +395,12 @@ class History:
         return sum(sum(event.removed.values()) for event in self._events)
 
     @property
+    def seconds_total(self) -> dict[str, float]:
+        """Wall time of all reviews by part."""
+        parts = dict.fromkeys(part for event in self._events for part in event.seconds)
+        return {part: sum(event.seconds.get(part, 0.0) for event in self._events) for part in parts}
+
+    @property
     def inserted_total(self) -> int:
         """How many fresh channels came, over all events and groups."""
         return sum(sum(event.inserted.values()) for event in self._events)

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autowidth.engine import AutoWidth
-from autowidth.history import History
 from autowidth.lab.models import build
 from autowidth.policy import Budget, Schedule
 from autowidth.review.effort import Effort
@@ -162,17 +161,8 @@ def _trained(case: Case, engine: AutoWidth, step: _Step) -> dict[str, float]:
     return {
         "seconds": seconds, "review_seconds": engine.review_seconds, "review_share": engine.review_seconds / seconds,
         "reviews": len(engine.history), "macs_share": engine.macs / engine.macs_start,
-        **{f"{part}_seconds": total for part, total in _parts(engine.history).items()},
+        **{f"{part}_seconds": total for part, total in engine.history.seconds_total.items()},
     }  # fmt: skip
-
-
-def _parts(history: History) -> dict[str, float]:
-    """Wall time of reviews by part."""
-    total: dict[str, float] = {}
-    for event in history:
-        for part, seconds in event.seconds.items():
-            total[part] = total.get(part, 0.0) + seconds
-    return total
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from autowidth.history import History
 from autowidth.lab.data import ImageSet
 from autowidth.lab.loop_parts import PROBED, at_once
 from autowidth.lab.prepare import build_network, load_images
@@ -86,15 +85,6 @@ def activation_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
     return sum(kept.values())
 
 
-def parts_of(history: History) -> dict[str, float]:
-    """Wall time of all reviews by part."""
-    total: dict[str, float] = {}
-    for event in history:
-        for part, seconds in event.seconds.items():
-            total[part] = total.get(part, 0.0) + seconds
-    return total
-
-
 def measured(network: nn.Module, images: ImageSet, macs: float, seed: int) -> list[tuple[str, str]]:
     """What shrinking the network to this share of its MACs takes: (what, how much)."""
     batches = images.training_batches(min(at_once(images, PROBED), len(images.train)), seed=seed)
@@ -115,7 +105,7 @@ def measured(network: nn.Module, images: ImageSet, macs: float, seed: int) -> li
         ("peak beyond what was there", f"{more / MIB:.0f} MiB"),
         ("(peak - 3 networks) / activations", f"{(more - 3 * model) / activations:.2f}"),
         ("seconds", f"{seconds:.0f}"),
-        *((f"of them {part}", f"{taken:.0f}") for part, taken in parts_of(history).items()),
+        *((f"of them {part}", f"{taken:.0f}") for part, taken in history.seconds_total.items()),
     ]
 
 
