@@ -45,7 +45,7 @@ from autowidth.lab.result import Attempt, Kept, Progress, Report, Result, silent
 from autowidth.lab.resuming import WHOLE, begin_row, check_anew, parts_of
 from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
-from autowidth.lab.shrinking import STEP, in_steps
+from autowidth.lab.shrinking import STEP, in_steps, reviewed
 from autowidth.layers import layers_of
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
 from autowidth.review.effort import Effort
@@ -293,9 +293,8 @@ class _Row:
     def _narrowed(self, whole: Result, reference: Evidence) -> tuple[Result, float]:
         """The brought network as narrow as it may be without training, and the share that training may win back."""
         own, network = self.settings.effort or GLANCE, copy.deepcopy(whole.network)
-        reviewer = in_steps(
-            network, self.settings.model_copy(update={"effort": own}), self.images, limits=self._limits()
-        )
+        settings = self.settings.model_copy(update={"effort": own})
+        reviewer = reviewed(network, settings, self.images, in_steps(self._limits()))
         began, aim, kept, words = time.perf_counter(), LARGEST, whole, ""
         for step in reviewer.policy.reviews(STEPS):
             review_(reviewer, step)
@@ -322,11 +321,10 @@ class _Row:
         history = History(record.widths_start, layers=record.layers)
         for event in record:
             history.append(replace(event, step=0))
-        channel_map = trace(network, torch.zeros(2, *self.images.image_shape, device=self.device))
         return replace(
-            whole, network=network, channel_map=channel_map, history=history, macs=reviewer.macs,
-            params=reviewer.params, widths=channel_map.widths, reviews=len(history), removed=history.removed_total,
-            review_seconds=sum(sum(event.seconds.values()) for event in history),
+            whole, network=network, channel_map=reviewer.channel_map, history=history, macs=reviewer.macs,
+            params=reviewer.params, widths=reviewer.channel_map.widths, reviews=len(history),
+            removed=history.removed_total, review_seconds=sum(history.seconds_total.values()),
         )  # fmt: skip
 
     def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:

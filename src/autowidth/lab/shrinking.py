@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop_parts import EVALUATED, PROBED, at_once, cpu_threads, evaluate, threads_of
+from autowidth.lab.loop_parts import PROBED, at_once, cpu_threads, evaluate, evaluated_at_once, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run
@@ -28,10 +29,6 @@ STEP = 0.9
 
 MOST = 20
 """Steps where no target is given: at most down to an eighth of the MACs."""
-
-
-LIMITS = Limits()
-"""What reviews may do where nothing is said."""
 
 
 class HoldoutError(AutoWidthError, ValueError):
@@ -102,34 +99,34 @@ def shrink(
 
 
 def reviewed(
-    network: nn.Module, settings: Settings, images: ImageSet, policy: Policy,
+    network: nn.Module, settings: Settings, images: ImageSet, policies: Iterable[Policy],
     loss: Callable[[Tensor, Tensor], Tensor] = answers_loss,
 ) -> Reviewer:  # fmt: skip
-    """What reviews the network by its own answers, to training images as training sees them. Raises as `shrink_`."""
+    """What reviews the network by its own answers, to training images as training sees them.
+
+    By the first policy that its least widths allow, else the last one says why not. Raises as `shrink_` does.
+    """
     together = min(at_once(images, PROBED), len(images.train))
     batches = answered(network, images.training_batches(together, seed=settings.seed), settings.seed)
-    return reviewer_of(
-        network, example_inputs=torch.zeros(2, *images.image_shape, device=images.train.labels.device),
-        batches=batches, loss=of_pairs(loss), policy=policy,
-        effort=settings.effort, norms="corrected", seed=settings.seed,
-    )  # fmt: skip
+    *first, last = policies
+
+    def by(policy: Policy) -> Reviewer:
+        return reviewer_of(
+            network, example_inputs=torch.zeros(2, *images.image_shape, device=images.train.labels.device),
+            batches=batches, loss=of_pairs(loss), policy=policy, effort=settings.effort, norms="corrected",
+            seed=settings.seed,
+        )  # fmt: skip
+
+    for policy in first:
+        with contextlib.suppress(BudgetError):
+            return by(policy)
+    return by(last)
 
 
-def in_steps(
-    network: nn.Module, settings: Settings, images: ImageSet,
-    loss: Callable[[Tensor, Tensor], Tensor] = answers_loss, limits: Limits = LIMITS,
-) -> Reviewer:  # fmt: skip
-    """The same for steps of `STEP` of the MACs each, as many as the least widths allow and `MOST` at most."""
-
-    def towards(count: int) -> Reviewer:
-        return reviewed(network, settings, images, untrained(Budget(macs=STEP**count, limits=limits), count), loss)
-
-    for count in range(MOST, 1, -1):
-        try:
-            return towards(count)
-        except BudgetError:
-            continue
-    return towards(1)
+def in_steps(limits: Limits | None = None) -> list[Policy]:
+    """Policies in steps of `STEP` of the MACs, `MOST` steps first, then ever fewer."""
+    allowed = limits or Limits()
+    return [untrained(Budget(macs=STEP**count, limits=allowed), count) for count in range(MOST, 0, -1)]
 
 
 class _Work:
@@ -139,11 +136,8 @@ class _Work:
         self, settings: Settings, images: ImageSet, network: nn.Module, policy: Policy | None, pulse: Callable[[], None]
     ) -> None:
         self.settings, self.images, self.began, self.pulse = settings, images, time.perf_counter(), pulse
-        self.reviewer = (
-            in_steps(network, settings, images, loss=self._loss)
-            if policy is None
-            else reviewed(network, settings, images, policy, loss=self._loss)
-        )
+        policies = in_steps() if policy is None else [policy]
+        self.reviewer = reviewed(network, settings, images, policies, loss=self._loss)
         self.macs_start, self.params_start = self.reviewer.macs, self.reviewer.params
         self.accuracy_start = self.accuracy()
 
@@ -174,9 +168,7 @@ class _Work:
 
     def accuracy(self) -> float:
         """The share of held-out images that are classified rightly."""
-        batches = self.images.plain_batches(
-            "held_out", min(at_once(self.images, EVALUATED), self.settings.batch_size * 8)
-        )
+        batches = self.images.plain_batches("held_out", evaluated_at_once(self.settings, self.images))
         return evaluate(self.reviewer.model, batches, torch.contiguous_format)[0]
 
     def result(self, accuracy: float) -> Shrunk:

@@ -108,11 +108,17 @@ def samples_of(probe: Iterable[Any]) -> int | None:
 
 def mean_loss(model: nn.Module, batches: Batches, loss: Loss, ranks: Ranks = ALONE) -> float:
     """The mean loss over all samples of all ranks, nats per sample. The caller sets evaluation mode; no gradients."""
-    total, samples = 0.0, 0
+    (mean,) = means(batches, lambda batch: [float(loss(model, batch))], 1, ranks)
+    return mean
+
+
+def means(batches: Batches, values: Callable[[Any], Sequence[float]], count: int, ranks: Ranks = ALONE) -> list[float]:
+    """The means over all samples of all ranks of `count` values, which are means over a batch; no gradients."""
+    totals, samples = [0.0] * count, 0
     with torch.no_grad():
         for batch in batches:
             length = samples_in(batch)
-            total += float(loss(model, batch)) * length
+            totals = [total + value * length for total, value in zip(totals, values(batch), strict=True)]
             samples += length
-    total, everyone = ranks.totals(total, samples)
-    return total / max(everyone, 1)
+    of_all = [ranks.totals(total, samples) for total in totals]
+    return [total / max(everyone, 1) for total, everyone in of_all]

@@ -32,14 +32,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from autowidth.ranks import ALONE, Ranks
-from autowidth.review.batches import Batches, Loss, samples_in
+from autowidth.review.batches import Batches, Loss, means
 from autowidth.review.state import named_tensors, swapped
 
 WORTH_IT = 3
 """Trials for which a recording pays: it takes a pass of its own, and spares half of each."""
-
-NOTHING: AbstractContextManager[object] = nullcontext()
-"""A context that changes nothing."""
 
 _NEW: dict[Any, Any] = {
     Tensor.add_: Tensor.add,
@@ -153,37 +150,24 @@ def mean_losses(
 
     An empty one stands for the model as it is. The caller sets evaluation mode; no gradients.
     """
-    totals, samples = [0.0] * len(others), 0
-    with torch.no_grad():
-        for batch in batches:
-            length = samples_in(batch)
-            for place, value in enumerate(_losses(model, batch, loss, others)):
-                totals[place] += value * length
-            samples += length
-    of_all = [ranks.totals(total, samples) for total in totals]
-    return [total / max(everyone, 1) for total, everyone in of_all]
+    return means(batches, lambda batch: _losses(model, batch, loss, others), len(others), ranks)
 
 
 def _losses(model: nn.Module, batch: Any, loss: Loss, others: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """The losses of a batch, spared what all passes share unless a model turns out not to bear it."""
-    named = named_tensors(model)
-    plain = float(loss(model, batch))
-    if sum(map(bool, others)) < WORTH_IT:
-        return [_loss_with(model, batch, loss, other) if other else plain for other in others]
-    recorded = Recording(named.values())
-    with recorded:
-        bears = math.isclose(plain, float(loss(model, batch)), rel_tol=1e-4)
+    """The losses of a batch, spared what all passes share."""
+    named, plain = named_tensors(model), float(loss(model, batch))
+    recorded = _recorded(model, batch, loss, plain) if sum(map(bool, others)) >= WORTH_IT else None
     found = []
     for other in others:
-        spared = recorded.again([named[name] for name in other]) if bears else nullcontext()
-        found.append(_loss_with(model, batch, loss, other, spared) if other else plain)
+        spared = nullcontext() if recorded is None else recorded.again([named[name] for name in other])
+        with swapped(model, other), spared:
+            found.append(float(loss(model, batch)) if other else plain)
     return found
 
 
-def _loss_with(
-    model: nn.Module, batch: Any, loss: Loss, other: Mapping[str, Tensor],
-    context: AbstractContextManager[object] = NOTHING,
-) -> float:  # fmt: skip
-    """The loss of a batch with other content in some tensors."""
-    with swapped(model, other), context:
-        return float(loss(model, batch))
+def _recorded(model: nn.Module, batch: Any, loss: Loss, plain: float) -> Recording | None:
+    """The recorded pass of a batch; None for a model that does not bear it, and has another loss than the plain one."""
+    recorded = Recording(named_tensors(model).values())
+    with recorded:
+        bears = math.isclose(plain, float(loss(model, batch)), rel_tol=1e-4)
+    return recorded if bears else None

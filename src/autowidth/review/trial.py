@@ -23,15 +23,13 @@ from autowidth.review.state import (
     swapped,
 )
 
-Norms = Literal["kept", "batch", "precise", "corrected"]
+Norms = Literal["kept", "batch", "precise"]
 """Which statistics norms use in a trial.
 
 kept: their running ones, as they are. Right for a single filter, of which little changes behind it.
 batch: those of the held-out batch at hand. Right for many filters at once, at the price of one forward pass; batches of
     one sample are left out.
 precise: plain averages over the scoring data, estimated without the channels. What surgery leaves behind in training.
-corrected: their running ones, moved by as much as the removal moves the averages over the scoring data. What surgery
-    leaves behind in a trained network.
 """
 
 NormsAfter = Literal["precise", "corrected"]
@@ -79,9 +77,12 @@ class Subject:
             return mean_loss(self.model, self._batches(norms), self.loss, self.ranks)
 
     def corrected_loss_without(self, removed: Removed) -> tuple[float, list[tuple[Tensor, Tensor]]]:
-        """`loss_without` with corrected norms, and `corrected_without`, which it takes to know."""
-        corrected = corrected_norms(self.model, self.scoring, self.loss, self.shifts, ranks=self.ranks)
-        with self._without(removed), corrected as found:
+        """The same with corrected norms, and what `corrected_without` returns.
+
+        Running statistics, moved by as much as the removal moves the averages over the scoring data: what surgery
+        leaves behind in a trained network.
+        """
+        with self._corrected(removed) as found:
             return mean_loss(self.model, self.held_out, self.loss, self.ranks), found
 
     def losses_without(self, many: Sequence[Removed], *, norms: Literal["kept", "batch"] = "kept") -> list[float]:
@@ -99,9 +100,14 @@ class Subject:
 
     def corrected_without(self, removed: Removed) -> list[tuple[Tensor, Tensor]]:
         """(buffer, what it should hold without these channels) of corrected norms; the model is left alone."""
+        with self._corrected(removed) as found:
+            return found
+
+    @contextmanager
+    def _corrected(self, removed: Removed) -> Iterator[list[tuple[Tensor, Tensor]]]:
         corrected = corrected_norms(self.model, self.scoring, self.loss, self.shifts, ranks=self.ranks)
         with self._without(removed), corrected as found:
-            return found
+            yield found
 
     @contextmanager
     def _without(self, removed: Removed) -> Iterator[None]:
@@ -111,10 +117,7 @@ class Subject:
 
     @contextmanager
     def _norms(self, norms: Norms) -> Iterator[None]:
-        if norms == "corrected":
-            with corrected_norms(self.model, self.scoring, self.loss, self.shifts, ranks=self.ranks):
-                yield
-        elif norms == "precise":
+        if norms == "precise":
             with precise_norms(self.model, self.scoring, self.loss, among=self.trained, ranks=self.ranks):
                 yield
         elif norms == "batch" and any(samples_in(batch) > 1 for batch in self.held_out):

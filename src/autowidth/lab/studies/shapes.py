@@ -34,7 +34,7 @@ import torch
 
 from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless, write_whole
 from autowidth.lab.loop import Method
-from autowidth.lab.loop_parts import EVALUATED, at_once, evaluate
+from autowidth.lab.loop_parts import evaluate, evaluated_at_once
 from autowidth.lab.methods import Task, fresh_network
 from autowidth.lab.prepare import load_images
 from autowidth.lab.result import Result
@@ -282,7 +282,7 @@ def _record(settings: Mapping[str, Any], task: Task, result: Result, part: str) 
     accuracy, loss = result.accuracy, result.loss
     if part == "test":
         layout = torch.channels_last if task.settings.channels_last else torch.contiguous_format
-        batches = task.images.plain_batches("test", at_once(task.images, EVALUATED))
+        batches = task.images.plain_batches("test", evaluated_at_once(task.settings, task.images))
         accuracy, loss = evaluate(result.network, batches, layout)
     space = space_of(settings["setting"])
     return {
