@@ -25,30 +25,35 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from autowidth.engine import AutoWidth
 from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless, write_whole
+from autowidth.lab.fine_tuning import LIMITS, SCHEDULE
 from autowidth.lab.loop import Method
 from autowidth.lab.loop_parts import evaluate, evaluated_at_once
 from autowidth.lab.methods import Task, fresh_network
 from autowidth.lab.prepare import load_images
 from autowidth.lab.result import Result
 from autowidth.lab.studies.published import ToShape, as_published, published_resnet
-from autowidth.lab.studies.shape_settings import SETTINGS, is_ours, space_of, training_of, uniform_shape
+from autowidth.lab.studies.shape_settings import SETTINGS, Setting, is_ours, space_of, training_of, uniform_shape
 from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import Surrogate, proposals
 from autowidth.lab.studies.widths import Shape, Space, log_widths, random_direction, structured
-from autowidth.policy import Budget, Limits, Never
+from autowidth.policy import Budget, Limits, Never, Schedule
 
 ROUND = 15
 """Shapes that the model proposes at a time."""
 
 SEEDS = (0, 1, 2)
+
+GLIMPSED = 2048
+"""Held-out images on which a training is looked at before its end."""
 
 OWN = "own-run"
 """The origin of a run in which our engine chooses the widths; its record stays out of the model of shapes."""
@@ -242,7 +247,7 @@ def suite_of(plans: Sequence[Plan], unit: Callable[[str, Trial], Unit]) -> Suite
 
 
 def _suite(units: tuple[Unit, ...]) -> Suite:
-    apart = frozenset({"setting", "widths", "seed", "origin", "source", "parts", "epochs", "data", "weights"})
+    apart = frozenset({"setting", "widths", "seed", "origin", "source", "parts", "epochs", "data", "weights", "train"})
     return Suite(name="shapes", units=units, run=measure, table=table, apart=apart, draw=draw)
 
 
@@ -252,6 +257,7 @@ def unit_of(name: str, trial: Trial, data: str, *, epochs: int | None = None, we
     settings: dict[str, Any] = {
         "data": data, "setting": name, "widths": list(trial.widths), "seed": trial.seed, "origin": trial.origin,
         "source": trial.source, "parts": list(trial.parts), "epochs": epochs or SETTINGS[name].train["epochs"],
+        "train": {key: value for key, value in SETTINGS[name].train.items() if key != "epochs"},
         "weights": None if weights is None else f"file:{weights}",
     }  # fmt: skip
     command = (
@@ -270,20 +276,49 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
     widths = dict(zip(space_of(name).cost.names, settings["widths"], strict=bool(settings["widths"])))
     if SETTINGS[name].published:
         task = replace(task, images=as_published(task.images))
+    glimpses = Glimpses(SETTINGS[name], task)
+    if SETTINGS[name].published:
         network = published_resnet(Path(settings["weights"].partition(":")[2]))
-        policy = ToShape(widths=widths) if widths else Budget(macs=task.macs, limits=Limits(offer=0.0))
-        result = task.trained(method=Method(policy=policy), network=network)
+        policy = ToShape(widths=widths) if widths else _by_default(task.macs)
+        result = task.trained(method=Method(policy=policy), network=network, watch=glimpses)
     else:
-        result = task.trained(method=Method(policy=Never()), network=fresh_network(task, lambda _: widths))
-    return Outcome(records=[_record(settings, task, result, part) for part in settings["parts"]], raw=[])
+        network = fresh_network(task, lambda _: widths)
+        result = task.trained(method=Method(policy=Never()), network=network, watch=glimpses)
+    records = [{**_record(settings, task, result, part), "early": glimpses.seen} for part in settings["parts"]]
+    return Outcome(records=records, raw=[])
+
+
+def _by_default(macs: float) -> Budget:
+    """The budget that a run from given weights has by default."""
+    return Budget(macs=macs, schedule=Schedule(**SCHEDULE), limits=Limits(**LIMITS))
+
+
+class Glimpses:
+    """What looks at a training before its end: the loss on the first held-out images, as it is then.
+
+    seen: a dictionary for every look, with `step`, counted from 1, and `loss`, nats per image.
+    """
+
+    def __init__(self, setting: Setting, task: Task) -> None:
+        self.setting, self.task, self.seen = setting, task, list[dict[str, float]]()
+
+    def __call__(self, engine: AutoWidth) -> None:
+        """Looks, where this step is one of those that the setting names."""
+        if engine.steps in self.setting.early(engine.total_steps):
+            batches = islice(self.task.images.plain_batches("held_out", GLIMPSED // 4), 4)
+            _, loss = evaluate(engine.model, batches, _layout(self.task))
+            self.seen.append({"step": engine.steps, "loss": loss})
+
+
+def _layout(task: Task) -> torch.memory_format:
+    return torch.channels_last if task.settings.channels_last else torch.contiguous_format
 
 
 def _record(settings: Mapping[str, Any], task: Task, result: Result, part: str) -> Record:
     accuracy, loss = result.accuracy, result.loss
     if part == "test":
-        layout = torch.channels_last if task.settings.channels_last else torch.contiguous_format
         batches = task.images.plain_batches("test", evaluated_at_once(task.settings, task.images))
-        accuracy, loss = evaluate(result.network, batches, layout)
+        accuracy, loss = evaluate(result.network, batches, _layout(task))
     space = space_of(settings["setting"])
     return {
         "setting": settings["setting"], "widths": list(result.widths.values()), "macs": result.macs,

@@ -193,7 +193,8 @@ def _panel(panel: Any, setting: str, records: Sequence[Record]) -> None:
     panel.set_xlabel("distance from uniform width (root mean square of log width)")
     panel.set_ylabel("accuracy, %")
     panel.grid(alpha=0.25)
-    panel.legend(loc="lower left", fontsize=9)
+    if records:
+        panel.legend(loc="lower left", fontsize=9)
 
 
 def _kind(origin: str) -> str:
