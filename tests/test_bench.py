@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from autowidth.__main__ import main
 from autowidth.cli.bench import read_seeds
 from autowidth.cli.door import UsageError
 from autowidth.lab import bench as benches
-from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench
+from autowidth.lab.bench import BenchError, Outcome, Standing, Suite, Unit, UnitError, bench, logged
 from autowidth.lab.prepare import FolderError
 from autowidth.lab.suites import SUITES, UnknownSuiteError, find_suite, registry
 from autowidth.lab.suites.fidelity import fidelity
+from autowidth.lab.tables import spread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -305,3 +307,16 @@ def test_places_on_this_machine_are_not_told() -> None:
     training = suite.units[0].settings["training"]
     assert (training["limit"], training["limit"] * training["holdout"]) == (22_000, pytest.approx(2000))
     assert (training["pool"], training["epochs"], training["batch_size"]) == (2, 12, 128)
+
+
+def test_means_are_told_with_what_is_known_of_their_spread() -> None:
+    assert spread([]) == "-" and spread([], none="") == ""
+    assert spread([1.25]) == "1.25" and spread([1.25], digits=1, counted=True) == "1.2"
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41" and spread([1.0, 3.0], digits=0, counted=True) == "2 ± 1 (2)"
+
+
+def test_units_that_ended_are_logged_and_those_that_were_there_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "autowidth.lab.bench"):
+        logged(Standing(unit="there before", seconds=None, done=1, total=3))
+        logged(Standing(unit="new", seconds=12.4, done=2, total=3))
+    assert [record.getMessage() for record in caplog.records] == ["2 of 3: new, 12 s"]

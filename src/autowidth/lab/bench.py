@@ -13,6 +13,7 @@ A unit whose file exists is not run again. Every unit has a process of its own, 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -105,6 +106,14 @@ class Standing:
 def _silent(standing: Standing) -> None:
     """Tells nobody."""
 
+
+def logged(standing: Standing) -> None:
+    """Logs a unit that ended just now; for `report`."""
+    if standing.seconds is not None:
+        logger.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
+
+
+logger = logging.getLogger(__name__)
 
 Spread: TypeAlias = Callable[[Suite, Sequence[Unit], Path], Iterator[tuple[Unit, float]]]
 """What runs units somewhere, and yields each with its seconds when its file is in the folder."""

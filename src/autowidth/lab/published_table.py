@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autowidth.lab.plots import OURS, PUBLISHED, TOOL
-from autowidth.lab.tables import markdown
+from autowidth.lab.tables import markdown, spread
 
 Record = Mapping[str, Any]
 
@@ -82,7 +82,7 @@ def _by_target(records: Sequence[Record], what: str) -> str:
     for method in sorted(found, key=lambda name: means[name][::-1], reverse=True):
         mine = [r for r in records if r["method"] == method]
         cells = [
-            _spread(found[method][t]) + " *" * (found[method][t] != [] and method != "dense" and mean == top)
+            spread(found[method][t]) + " *" * (found[method][t] != [] and method != "dense" and mean == top)
             for t, mean, top in zip(targets, means[method], best, strict=True)
         ]
         rows.append([method, *cells, f"{statistics.mean(r['cpu_seconds'] for r in mine):.0f}", _seeds(mine)])
@@ -95,7 +95,7 @@ def _by_method(records: Sequence[Record]) -> str:
     groups.sort(key=lambda rows: -statistics.mean(r["accuracy"] for r in rows))
     rows = [
         [
-            rows[0]["method"], _spread([100 * r["accuracy"] for r in rows]),
+            rows[0]["method"], spread([100 * r["accuracy"] for r in rows]),
             f"{statistics.mean(100 * r['macs'] / r['macs_dense'] for r in rows):.1f}",
             f"{statistics.mean(r['params'] for r in rows):,.0f}",
             ", ".join(map(str, sorted({r["epochs"] for r in rows}))),
@@ -114,14 +114,6 @@ def _theirs(model: str) -> str:
         f"## {model}, figures of others\n\nTheirs, as published, by other recipes and from other bases, fine-tuned for "
         f"many more epochs as a rule.\n\n{markdown(('method', 'accuracy %', 'MACs %'), rows)}\n"
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and, of several, the standard deviation; a dash for none."""
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def _seeds(records: Sequence[Record]) -> str:

@@ -18,14 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autowidth.lab.bench import Outcome, Record, Standing, Suite, Unit, bench, nameless
+from autowidth.lab.bench import Outcome, Record, Suite, Unit, bench, logged, nameless
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.settings import Settings
 from autowidth.lab.suites.published import FINE_TUNED, TABLES, as_trained, settings_for
 from autowidth.lab.tables import markdown
 from autowidth.lab.tuning import TUNED, Tuning
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +128,6 @@ def table(order: Sequence[str], records: Sequence[Record]) -> str:
     return f"# How a trained network is trained on\n\n{markdown(headings, rows)}\n"
 
 
-def _logged(standing: Standing) -> None:
-    if standing.seconds is not None:
-        logger.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -156,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked.data, asked.weights, model=asked.model, macs=asked.macs, seeds=asked.seeds, rows=asked.rows,
         epochs=asked.epochs, limit=asked.limit, device=asked.device,
     )  # fmt: skip
-    bench(suite, asked.out, processes=1, report=_logged)
+    bench(suite, asked.out, processes=1, report=logged)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autowidth.lab.bench import Standing, bench
+from autowidth.lab.bench import bench, logged
 from autowidth.lab.removing import METHODS, SCORES
 from autowidth.lab.suites import find_suite
 
@@ -163,7 +163,7 @@ def run(part: Part, asked: argparse.Namespace) -> None:
         methods=part.methods(records_in(asked.out)), budgets=part.targets, seeds=part.seeds, device=asked.device,
         **given,
     )  # fmt: skip
-    bench(suite, asked.out, processes=asked.processes, report=_logged)
+    bench(suite, asked.out, processes=asked.processes, report=logged)
 
 
 def records_in(out: Path) -> list[Record]:
@@ -171,11 +171,6 @@ def records_in(out: Path) -> list[Record]:
     file = out / "published.json"
     found: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return found
-
-
-def _logged(standing: Standing) -> None:
-    if standing.seconds is not None:
-        logger.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
 
 
 def _read(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from autowidth.engine import AutoWidth
-from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless, write_whole
+from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, bench, logged, nameless, write_whole
 from autowidth.lab.fine_tuning import LIMITS, SCHEDULE
 from autowidth.lab.loop import Method
 from autowidth.lab.loop_parts import evaluate, evaluated_at_once
@@ -60,8 +60,6 @@ OWN = "own-run"
 
 FINALISTS = 5
 """Shapes, best by the model, that are repeated on all seeds at the end."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,15 +345,10 @@ def study(
     plans = [Plan.opened(name, out, count=count, found=shapes[name]) for name in names]
     while True:
         suite = suite_of(plans, unit)
-        records = bench(suite, out, processes=processes, report=_logged)
+        records = bench(suite, out, processes=processes, report=logged)
         extended = [plan.extended(records) for plan in plans]  # all of them, so that settings go on in turn
         if not any(extended):
             return records
-
-
-def _logged(standing: Standing) -> None:
-    if standing.seconds is not None:
-        logger.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

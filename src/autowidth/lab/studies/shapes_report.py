@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from autowidth.lab.studies.shape_settings import is_ours
 from autowidth.lab.studies.surrogate import Surrogate
 from autowidth.lab.studies.widths import Shape, distance
-from autowidth.lab.tables import markdown
+from autowidth.lab.tables import markdown, spread
 
 Record = Mapping[str, Any]
 
@@ -59,7 +59,9 @@ def _section(setting: str, records: Sequence[Record]) -> list[str]:
     if noise is not None:
         lines.append(f"Seed noise, from shapes with repeats: standard deviation {100 * noise:.2f} points.")
     if own:
-        lines.append(f"Runs in which our engine chose the shapes of its rows: {_spread(own)} % on held-out images.")
+        lines.append(
+            f"Runs in which our engine chose the shapes of its rows: {spread(own, counted=True)} % on held-out images."
+        )
     headings = ("shape", "widths", "distance from uniform", "held-out %", "test %", "by model %", "MACs %")
     reference = _uniform(records)
     rows = [_row(name, shape, records, surrogate, reference) for name, shape in _rows(records, surrogate)]
@@ -128,19 +130,11 @@ def _row(
         name,
         " ".join(map(str, shape)),
         f"{distance(shape, reference):.2f}" if reference else "",
-        _spread([100 * r["accuracy"] for r in mine if r["part"] == "held_out"]),
-        _spread([100 * r["accuracy"] for r in mine if r["part"] == "test"]),
+        spread([100 * r["accuracy"] for r in mine if r["part"] == "held_out"], none="", counted=True),
+        spread([100 * r["accuracy"] for r in mine if r["part"] == "test"], none="", counted=True),
         f"{100 * surrogate.smoothed([shape])[0]:.2f}" if surrogate is not None else "",
         f"{100 * mine[0]['macs'] / mine[0]['macs_dense']:.1f}",
     ]
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and, of several, the standard deviation; nothing of none."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------

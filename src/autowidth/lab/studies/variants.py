@@ -21,15 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autowidth.lab.bench import BenchError, Outcome, Record, Standing, Suite, Unit, bench, nameless
+from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, bench, logged, nameless
 from autowidth.lab.methods import METHODS, Finish, Task, dense_macs, ours
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.compare import RECIPES
-from autowidth.lab.tables import markdown
+from autowidth.lab.tables import markdown, spread
 from autowidth.policy import POLICIES, Limits, Schedule
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,18 +291,12 @@ def _row(records: Sequence[Record]) -> list[str]:
     return [
         records[0]["label"],
         records[0]["predicted"],
-        _spread([100 * r["accuracy"] for r in records], 2),
-        _spread([r["loss"] for r in records], 3),
+        spread([100 * r["accuracy"] for r in records]),
+        spread([r["loss"] for r in records], digits=3),
         f"{mean(100 * r['macs'] / r['macs_dense'] for r in records):.1f}",
         f"{mean(r['cpu_seconds'] for r in records):.0f}",
         ", ".join(str(r["seed"]) for r in sorted(records, key=lambda r: r["seed"])),
     ]
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several, the standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
@@ -314,11 +306,6 @@ def _seeds(text: str) -> tuple[int, ...]:
     """`0,2` or `0-2`."""
     first, dash, last = text.partition("-")
     return tuple(range(int(first), int(last) + 1)) if dash else tuple(map(int, text.split(",")))
-
-
-def _logged(standing: Standing) -> None:
-    if standing.seconds is not None:
-        logger.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -336,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     suite = variants(asked.decision, asked.data, seeds=asked.seeds, rows=asked.rows, epochs=asked.epochs)
-    bench(suite, asked.out, processes=asked.processes, report=_logged)
+    bench(suite, asked.out, processes=asked.processes, report=logged)
 
 
 if __name__ == "__main__":

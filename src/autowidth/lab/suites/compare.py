@@ -17,7 +17,7 @@ from autowidth.lab.plots import accuracy_plot
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.registry import suite
-from autowidth.lab.tables import markdown
+from autowidth.lab.tables import markdown, spread
 
 OF_OURS = ("policy", "effort")
 """Settings that only our methods heed."""
@@ -235,7 +235,7 @@ def _group(records: Sequence[Record], row: tuple[str, str, float]) -> list[Recor
 def _row(records: Sequence[Record]) -> list[str]:
     return [
         *_named(records[0]),
-        _spread([100 * r["accuracy"] for r in records]),
+        spread([100 * r["accuracy"] for r in records]),
         f"{statistics.mean(100 * r['macs'] / r['macs_dense'] for r in records):.1f}",
         f"{statistics.mean(r['params'] for r in records):,.0f}",
         f"{statistics.mean(r['cpu_seconds'] for r in records):.0f}",
@@ -264,9 +264,3 @@ def _review_table(rows: Sequence[Sequence[Record]]) -> list[str]:
             [_named(row[0]) + share for row, share in zip(rows, shares, strict=True)],
         ),
     ]
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and, of several, the standard deviation."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

@@ -21,7 +21,7 @@ from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.compare import RECIPES
 from autowidth.lab.suites.published import as_trained
 from autowidth.lab.suites.registry import suite
-from autowidth.lab.tables import markdown
+from autowidth.lab.tables import markdown, spread
 
 POINTS = 0.5
 """What may be lost, as `autowidth train` has it."""
@@ -197,15 +197,9 @@ def _row(name: str, case: Case, records: Sequence[Record]) -> list[str]:
     times = [r["seconds"] / dense[seed]["seconds"] for seed, r in ours.items() if dense[seed]["epochs"]]
     return [
         f"{case.about}, {case.model}", str(len(ours)),
-        _mean([100 * r["accuracy"] for r in dense.values()], 2), _mean([100 * r["accuracy"] for r in ours.values()], 2),
+        spread([100 * r["accuracy"] for r in dense.values()]), spread([100 * r["accuracy"] for r in ours.values()]),
         f"{statistics.mean(lost):+.2f}, {max(lost):+.2f}",
-        _mean([100 * r["macs"] / r["macs_dense"] for r in ours.values()], 0),
+        spread([100 * r["macs"] / r["macs_dense"] for r in ours.values()], digits=0),
         f"{statistics.mean(times):.2f}" if times else f"{case.train.get('epochs', EPOCHS)} epochs",
-        _mean([100 * r["review_seconds"] / r["seconds"] for r in ours.values()], 1),
+        spread([100 * r["review_seconds"] / r["seconds"] for r in ours.values()], digits=1),
     ]  # fmt: skip
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
