@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from autowidth.lab.models import build
 from autowidth.review import replay
 from autowidth.review.batches import mean_loss, of_pairs
-from autowidth.review.replay import Recording, mean_losses
+from autowidth.review.replay import LostError, Recording, mean_losses
 from autowidth.review.state import named_tensors, swapped
 
 CE = of_pairs(F.cross_entropy)
@@ -201,14 +201,74 @@ def test_few_trials_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mean_losses(model, data(), CE, others) == slowly(model, data(), others)
 
 
-def test_a_recording_repeats_its_results_where_nothing_changed() -> None:
+def recording(model: nn.Module, x: Tensor, trials: list[list[Tensor]]) -> Recording:
+    """The pass of a model, recorded for trials that change these weights."""
+    with torch.no_grad(), Recording(named_tensors(model).values(), trials) as recorded:
+        model(x).sum().item()
+    return recorded
+
+
+def test_a_recording_repeats_what_it_returned_where_nothing_changed() -> None:
     model, ((x, _), *_) = Odd(in_place_sum).eval(), data()
-    with torch.no_grad(), Recording(named_tensors(model).values()) as recorded:
-        first = model(x)
-    with torch.no_grad(), recorded.again([]):
-        assert model(x) is first
-    with torch.no_grad(), recorded.again([]):
-        assert model(x.clone()) is not first
-    first.add_(1)
-    with torch.no_grad(), recorded.again([]):
-        assert model(x) is not first
+    recorded = recording(model, x, [[]])
+    with torch.no_grad(), recorded.again(0), Counting() as counting:
+        again = model(x).sum().item()
+    assert counting.count == 3 and not recorded.held  # the calls come by, and none of them is made
+    assert again == model(x).sum().item()
+
+
+def test_other_inputs_are_worked_out_anew() -> None:
+    model, ((x, _), *_) = Odd(in_place_sum).eval(), data()
+    recorded = recording(model, x, [[]])
+    with torch.no_grad(), recorded.again(0):
+        assert model(x * 2).sum().item() != model(x).sum().item()
+
+
+def test_what_no_trial_reads_is_not_held() -> None:
+    model, x = build("resnet20-padding").eval(), torch.randn(4, 3, 16, 16)
+    weights = {name: p for name, p in model.named_parameters() if name.endswith("second.conv.weight")}
+    everything = Held()
+    with torch.no_grad(), everything:
+        model(x)
+    recorded = recording(model, x, [[weight] for weight in weights.values()])
+    held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t, _ in recorded.held.values()}
+    assert 0 < sum(held.values()) < 0.4 * everything.bytes
+    last = recording(model, x, [[weights[list(weights)[-1]]]])
+    assert len(last.held) == 2  # the input of the last convolution, and the stream around it
+
+
+class Held(TorchFunctionMode):
+    """The bytes of everything that calls return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not isinstance(out, nn.Parameter):
+            self.bytes += out.numel() * out.element_size()
+        return out
+
+
+def test_a_pass_that_wants_what_was_dropped_says_so() -> None:
+    model, ((x, _), *_) = Odd(in_place_sum).eval(), data()
+    recorded = recording(model, x, [[model.c.bias]])
+    with torch.no_grad(), recorded.again(0), pytest.raises(LostError):
+        (model.a(x) * 3).sum().item()
+
+
+def test_what_is_held_is_not_returned_once_it_was_written_to() -> None:
+    model, ((x, _), *_) = Odd(in_place_sum).eval(), data()
+    recorded = recording(model, x, [[model.c.bias]])
+    for tensor, _ in recorded.held.values():
+        tensor.add_(1)
+    with torch.no_grad(), recorded.again(0), pytest.raises(LostError):
+        model(x).sum().item()
+
+
+def test_a_pass_that_writes_in_place_cannot_be_taken_up() -> None:
+    ((x, _), *_) = data()
+    assert recording(Odd(written_by_index).eval(), x, [[]]).is_spoilt
+    assert recording(Odd(through_a_view).eval(), x, [[]]).is_spoilt
+    assert not recording(Odd(in_place_sum).eval(), x, [[]]).is_spoilt
