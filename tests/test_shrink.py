@@ -30,10 +30,10 @@ from autowidth.lab.studies.batch_sizes import BATCHES
 from autowidth.lab.studies.batch_sizes import main as batch_sizes
 from autowidth.lab.studies.shrink_memory import MIB, Peak, activation_bytes, resident
 from autowidth.lab.studies.shrink_memory import main as shrink_memory
+from autowidth.narrowing import ShrinkError, reviews_for, untrained
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
 from autowidth.review.state import corrected_norms, norm_shifts
-from autowidth.shrink import ShrinkError, reviews_for, untrained
 from test_cli import called, program
 
 PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")

@@ -30,7 +30,8 @@ from autowidth.boundaries import Boundary, LoopError, accumulators, check_infere
 from autowidth.channels import ChannelMap, ResizePlan
 from autowidth.engine_state import SCHEMA, StateError, check_made, made_with, restore_, state_of
 from autowidth.history import Event, History
-from autowidth.policy import Auto, Policy
+from autowidth.narrowing import narrow_
+from autowidth.policy import Auto, Budget, Policy
 from autowidth.ranks import Ranks, ranks_of
 from autowidth.review.batches import Loss
 from autowidth.review.calibrate import Calibration
@@ -234,7 +235,7 @@ class AutoWidth:
         return sum(event.seconds_total for event in self.history)
 
     def __repr__(self) -> str:
-        done, planned = len(self.history), len(self._review_steps)
+        done, planned = len(self.history), len(self._review_steps) + sum(event.step == 0 for event in self.history)
         return (
             f"AutoWidth({type(self.model).__name__}, {self.policy.aim}: step {self.steps} of {self.total_steps}, "
             f"{done} of {planned} reviews, {self.macs / self.macs_start:.1%} of the MACs, "
@@ -262,6 +263,7 @@ class AutoWidth:
             return None
         if not self.steps:
             _alone(self.model, "engine.step()")
+            self._warn_of_idleness()
         self.steps += 1
         self._progress.steps = self.steps
         if self.steps == self.total_steps + 1:
@@ -280,6 +282,15 @@ class AutoWidth:
         finally:
             self._due = len(self.history) == made
             self._expect()
+
+    def _warn_of_idleness(self) -> None:
+        """Says it where a budget will never be met, for nobody reviews."""
+        if isinstance(self.policy, Budget) and not (self.policy.schedule.count or len(self.history)):
+            warnings.warn(
+                f"{self.policy.aim}, and no review is planned: call engine.narrow() before the first step, or "
+                "engine.review() where it suits you",
+                stacklevel=3,
+            )
 
     def _expect(self) -> None:
         """Tells the boundary whether a review follows the next optimizer step."""
@@ -300,6 +311,28 @@ class AutoWidth:
         if event.maps:
             forbid_backward(before, self.steps)
         return event
+
+    def narrow(
+        self, *, reviews: int | None = None, effort: Effort | None = None,
+        report: Callable[[Event], None] = lambda event: None,
+    ) -> tuple[Event, ...]:  # fmt: skip
+        """Makes a trained classifier as small as the policy says before the first step, as `shrink_` does.
+
+        What counts is that it goes on giving its own softened answers to the probe's inputs; labels are not looked at.
+        For a run that trains given weights on: what is removed before they move is chosen better than what is removed
+        on the way (docs/decisions/016). Schedule(count=0) leaves the run itself without reviews.
+
+        reviews: in how many steps; None: one for every tenth of the cost that goes, at least three. effort: what each
+        looks at. `report` is called with each event; all are in the history, as of step 0. Returns the events.
+
+        Raises LoopError after the first step, ShrinkError for a policy without limits or schedule, ProbeError for
+        batches without inputs and networks without scores of classes; what `review` raises.
+        """
+        check_inference("engine.narrow()")
+        if self.steps:
+            raise LoopError(f"engine.narrow() at step {self.steps}: it is for weights that training has not moved yet")
+        self._boundary.check_graphs()
+        return narrow_(self._reviewer, self.total_steps, reviews=reviews, effort=effort, report=report)
 
     # ---- what its future depends on
 

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from autowidth.attach import check_groups, check_kinds, check_start, first_batch, latency_of, loss_of
-from autowidth.errors import AutoWidthError
 from autowidth.history import History
-from autowidth.policy import Budget, Limits, Never, Policy, Schedule
-from autowidth.review.answers import Answered, answers_loss
-from autowidth.review.batches import Loss, samples_of
-from autowidth.review.effort import Effort, FittedEffort
+from autowidth.narrowing import STEPS, ShrinkError, answered, fitted_at_rest, review_, untrained
+from autowidth.policy import Budget, Policy
+from autowidth.review.answers import answers_loss
+from autowidth.review.batches import Loss
+from autowidth.review.effort import Effort
 from autowidth.review.review import Reviewer
 from autowidth.review.state import quiet
 from autowidth.review.trial import NormsAfter
 from autowidth.trace import Inputs, trace
 from autowidth.unwrapping import inner_model, written
 from autowidth.wrappers import group_of
-
-STEPS = 1000
-"""On how many steps the schedule of a policy is laid out, none of which are taken."""
-
-FEWEST, EACH = 3, 0.1
-"""Reviews where nobody says how many: one for every tenth of the cost that goes, and at least so many."""
-
-PROBE, AUDIT, FILTERS = 1024, 256, 4
-"""Samples that score filters and samples for trials at every review, and filters that are ablated for an audit."""
-
-
-class ShrinkError(AutoWidthError, ValueError):
-    """A policy that says nothing about a network that does not train."""
 
 
 def shrink_(
@@ -78,43 +63,6 @@ def shrink_(
     return reviewer.history
 
 
-def answered(model: nn.Module, batches: Iterable[Any], seed: int) -> Answered:
-    """The batches with answers of the model as it is now for labels. Raises as `shrink_` does."""
-    check_kinds(model, (), batches, Never(), STEPS)
-    return Answered(batches, inner_model(model), seed=seed)
-
-
-def review_(reviewer: Reviewer, step: int) -> None:
-    """One review of a network that does not train, of which norms may be changed all the same; then evaluation mode."""
-    reviewer.model.train()  # what a review may change are norms in training mode
-    try:
-        reviewer.review(step, STEPS)
-    finally:
-        reviewer.model.eval()
-
-
-def reviews_for(policy: Policy) -> int:
-    """How many reviews the removal of so much takes."""
-    share = policy.target if isinstance(policy, Budget) and not policy.is_absolute else 1.0
-    return max(FEWEST, round((1 - share) / EACH))
-
-
-def untrained(policy: Policy, reviews: int | None = None) -> Policy:
-    """The policy for a network that does not train: so many reviews, no insertion, and no plan is put off.
-
-    Raises ShrinkError for a policy without limits or schedule of the usual kind, or one that never reviews.
-    """
-    limits, schedule = getattr(policy, "limits", None), getattr(policy, "schedule", None)
-    if not is_dataclass(policy) or not isinstance(limits, Limits) or not isinstance(schedule, Schedule):
-        raise ShrinkError(f"policy {policy} has no schedule of reviews: pass Budget(...), Price(...) or Auto()")
-    changed: Policy = replace(
-        policy,
-        schedule=Schedule(count=reviews or reviews_for(policy), begin=0.0, end=1.0),
-        limits=replace(limits, offer=0.0, max_move=1.0, tolerance=math.inf),
-    )
-    return changed
-
-
 def reviewer_of(
     model: nn.Module, *, example_inputs: Inputs, batches: Iterable[Any], loss: Loss, policy: Policy,
     effort: Effort | None, norms: NormsAfter, seed: int,
@@ -130,20 +78,8 @@ def reviewer_of(
         batch = first_batch(batches)
         reviewer = Reviewer(
             model=model, channel_map=channel_map, optimizers=(), followers=(), policy=policy, probe=batches, loss=loss,
-            importance=None, reconstruct=True, seed=seed, norms=norms, effort=_fitted(effort, batches),
+            importance=None, reconstruct=True, seed=seed, norms=norms, effort=fitted_at_rest(effort, batches),
             latency=latency_of(model, channel_map, policy, None, example_inputs),
         )  # fmt: skip
         check_start(reviewer, batch)
     return reviewer
-
-
-def _fitted(effort: Effort | None, batches: Iterable[Any]) -> FittedEffort:
-    """How much a review looks at; where there are fewer samples, a fifth of them are for trials."""
-    wanted, there = effort or Effort(), samples_of(batches)
-    probe = wanted.probe_samples or PROBE
-    audit = AUDIT if wanted.audit_samples is None else wanted.audit_samples
-    if there is not None and probe + audit > there:
-        audit = min(audit, there // 5)
-        probe = min(probe, there - audit)
-    filters = FILTERS if wanted.audit_filters is None else wanted.audit_filters
-    return FittedEffort(probe_samples=probe, audit_samples=audit, audit_filters=filters)

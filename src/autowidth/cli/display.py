@@ -149,6 +149,7 @@ def _fine_tuning(settings: Settings) -> str:
     if reviewed(settings.policy) and schedule is not None and limits is not None:
         inserted = "insertion allowed" if limits.offer else "nothing inserted"
         reviews = f"{schedule.count} reviews from {schedule.begin:.0%} to {schedule.end:.0%} of the run, {inserted}"
+        reviews = reviews if schedule.count else "made smaller before the first step"
     rate = f"{settings.optimizer}, learning rate {settings.lr:g} ({settings.schedule})"
     return f"fine-tuning: {rate}, {settings.epochs} epochs, {reviews}"
 

@@ -1,4 +1,4 @@
-"""What a run from given weights does unless told otherwise: a small rate that only falls, few epochs, early reviews."""
+"""What a run from given weights does unless told otherwise: removal first, a small rate that only falls, few epochs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ EPOCHS = 20
 RATES: Mapping[str, tuple[float, float]] = {"sgd": (0.1, 0.02), "adamw": (0.001, 0.0001)}
 """Peak learning rates by optimizer: from fresh weights, and from given ones."""
 
+AT_ONCE: Mapping[str, Any] = {"count": 0}
+"""A budget is met from given weights before the first step, while they still say what the filters are worth: the rate
+of fine-tuning shakes them, and what is chosen after that is chosen worse (docs/decisions/016)."""
+
 SCHEDULE: Mapping[str, Any] = {"count": 4, "begin": 0.0, "end": 0.12}
-"""When reviews take place from given weights: a trained network knows its filters from the start, and whatever is
-removed early has the rest of the run to be made up for (docs/log/013)."""
+"""When the reviews of other policies take place from given weights: whatever is removed early has the rest of the run
+to be made up for (docs/log/013)."""
 
 LIMITS: Mapping[str, Any] = {"offer": 0.0}
 """What reviews may do from given weights: nothing is inserted, since few epochs teach a newborn little."""
@@ -34,4 +38,5 @@ def _early(policy: Any) -> Any:
         return policy
     limits = policy.get("limits", {})
     merged = {**LIMITS, **limits} if isinstance(limits, Mapping) else limits
-    return {**policy, "schedule": policy.get("schedule", dict(SCHEDULE)), "limits": merged}
+    schedule = AT_ONCE if policy.get("name") == "budget" else SCHEDULE
+    return {**policy, "schedule": policy.get("schedule", dict(schedule)), "limits": merged}

@@ -51,6 +51,7 @@ from autowidth.lab.loop_parts import (
     threads_of,
 )
 from autowidth.lab.optimizers import optimizer_of
+from autowidth.lab.policies import narrows_first
 from autowidth.lab.prepare import build_network, built, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
 from autowidth.lab.resuming import ResumeError, Unfinished, check_anew, unfinished_at
@@ -277,6 +278,8 @@ class _Run:
             at.accuracy_start, _ = self._evaluated(asked)
         at.begin()
         self.report(self._progress("start", at.epoch, None))
+        if narrows_first(self.engine.policy) and not self.engine.steps:
+            self._narrow()
         while at.epoch < self.settings.epochs:
             for x, y in self._batches_left():
                 at.batch += 1
@@ -289,6 +292,16 @@ class _Run:
             self._end_epoch(asked)
         if not at.evaluated_well:
             raise self.finite.diverged(f"the loss on the {self.part} images is {at.loss} at step {self.engine.steps}")
+
+    def _narrow(self) -> None:
+        """Meets the budget before the first step."""
+        events = self.engine.narrow(
+            effort=self.settings.effort, report=lambda event: self.report(self._progress("review", 0, None))
+        )
+        if any(event.maps for event in events):
+            self.finite.follow(self.network)
+            if self.paced is not None:
+                self.paced.anew()
 
     def _batches_left(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of this epoch."""

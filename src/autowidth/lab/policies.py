@@ -126,6 +126,11 @@ def reviewed(policy: Policy) -> bool:
     return not isinstance(policy, Never)
 
 
+def narrows_first(policy: Policy) -> bool:
+    """Whether a budget is met before the first step."""
+    return isinstance(policy, Budget) and not policy.schedule.count
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watching:
     """Reviews, and with it audits and refits, on the usual schedule, and decides nothing."""

@@ -11,13 +11,14 @@ from functools import partial
 from torch import nn
 
 from autowidth.lab.data import ImageSet
+from autowidth.lab.fine_tuning import SCHEDULE
 from autowidth.lab.loop import Method, train
 from autowidth.lab.methods import Task, fresh_network, uniform
 from autowidth.lab.policies import budget_of
 from autowidth.lab.removing import METHODS, Removal
 from autowidth.lab.result import Result
 from autowidth.lab.settings import Settings
-from autowidth.policy import Never
+from autowidth.policy import Never, Schedule
 
 FROM_SCRATCH = {"lr": 0.1, "schedule": "one-cycle", "weights": None}
 """What controls that start from fresh weights train by: the rate of fine-tuning would leave them unfinished."""
@@ -56,6 +57,12 @@ def dense(task: Tuning, *, taught: bool = False) -> Result:
 def ours(task: Tuning, *, taught: bool = False) -> Result:
     """What `autowidth train --weights` does, with the target as its budget."""
     return task.trained(task.network, _by(task, Method(policy=budget_of(task.settings, macs=task.macs)), taught))
+
+
+def on_the_way(task: Tuning, *, taught: bool = False) -> Result:
+    """The same with reviews in the first part of the run, instead of before it."""
+    policy = replace(budget_of(task.settings, macs=task.macs), schedule=Schedule(**SCHEDULE))
+    return task.trained(task.network, _by(task, Method(policy=policy), taught))
 
 
 def _by(task: Tuning, method: Method, taught: bool) -> Method:
@@ -97,7 +104,7 @@ SHRUNK: Mapping[str, Callable[..., Result]] = {
 TEACHABLE: Mapping[str, Callable[..., Result]] = {
     "dense": dense,
     "autowidth": ours,
-    "autowidth-shrunk": partial(shrunk_first, name="autowidth"),
+    "autowidth-on-the-way": on_the_way,
     **SHRUNK,
 }
 """The methods that start from the network that is brought, and may learn from it."""
@@ -111,4 +118,4 @@ TUNED: Mapping[str, Callable[[Tuning], Result]] = {
     "retrained": our_widths_from_scratch,
     "uniform": uniform_from_scratch,
 }
-"""The methods by name, as in the comparisons of runs; `autowidth-shrunk` removes at once, before training."""
+"""The methods by name, as in the comparisons of runs; `autowidth-on-the-way` removes while it trains, not before."""

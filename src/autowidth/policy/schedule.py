@@ -26,7 +26,8 @@ class Standing:
 class Schedule:
     """`count` reviews, evenly spaced between the shares `begin` and `end` of the run.
 
-    The defaults were measured on held-out images (docs/decisions/009). Raises PolicyError for values out of range.
+    With none of them a budget is met by `AutoWidth.narrow`, before the first step. The defaults were measured on
+    held-out images (docs/decisions/009). Raises PolicyError for values out of range.
     """
 
     count: int = 8
@@ -36,8 +37,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 0 <= self.begin < self.end <= 1:
             raise PolicyError(f"reviews from {self.begin:g} to {self.end:g} of the run: need 0 <= begin < end <= 1")
-        if self.count < 1:
-            raise PolicyError(f"count={self.count}: need count >= 1")
+        if self.count < 0:
+            raise PolicyError(f"count={self.count}: need count >= 0")
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
         """The steps, counted from 1, after which a review takes place."""
@@ -45,5 +46,5 @@ class Schedule:
 
     def standing(self, situation: Situation) -> Standing:
         """Which of the reviews of its run a situation belongs to."""
-        steps = self.reviews(situation.total_steps)
+        steps = self.reviews(situation.total_steps) or (situation.step,)
         return Standing(sum(step <= situation.step for step in steps), len(steps))

@@ -34,7 +34,7 @@ import torch
 
 from autowidth.engine import AutoWidth
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, bench, logged, nameless, write_whole
-from autowidth.lab.fine_tuning import LIMITS, SCHEDULE
+from autowidth.lab.fine_tuning import AT_ONCE, LIMITS
 from autowidth.lab.loop import Method
 from autowidth.lab.loop_parts import evaluate, evaluated_at_once
 from autowidth.lab.methods import Task, fresh_network
@@ -288,7 +288,7 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
 
 def _by_default(macs: float) -> Budget:
     """The budget that a run from given weights has by default."""
-    return Budget(macs=macs, schedule=Schedule(**SCHEDULE), limits=Limits(**LIMITS))
+    return Budget(macs=macs, schedule=Schedule(**AT_ONCE), limits=Limits(**LIMITS))
 
 
 class Glimpses:

@@ -15,7 +15,7 @@ from torch import nn
 from autowidth.cost import count_macs
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.data import ImageSet
-from autowidth.lab.fine_tuning import LIMITS, SCHEDULE
+from autowidth.lab.fine_tuning import AT_ONCE, LIMITS
 from autowidth.lab.loop_parts import EVALUATED, at_once, evaluate
 from autowidth.lab.methods import UnknownMethodError
 from autowidth.lab.prepare import build_network, find_device, load_images
@@ -158,7 +158,7 @@ def settings_for(settings: Mapping[str, Any]) -> Settings:
     return settings_of({
         "model": f"{settings['model']}-padding", "weights": folder / f"{settings['model']}.safetensors",
         "data": settings["data"], "seed": settings["seed"], **settings["training"],
-        "policy": {"name": "budget", "macs": settings["target"], "schedule": dict(SCHEDULE), "limits": dict(LIMITS)},
+        "policy": {"name": "budget", "macs": settings["target"], "schedule": dict(AT_ONCE), "limits": dict(LIMITS)},
     })  # fmt: skip
 
 
