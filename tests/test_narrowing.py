@@ -18,8 +18,8 @@ from autowidth.lab.data import load
 from autowidth.lab.loop import train
 from autowidth.lab.models import build
 from autowidth.lab.settings import settings_of
-from autowidth.narrowing import ShrinkError
 from autowidth.review.batches import ProbeError
+from autowidth.review.narrowing import ShrinkError
 
 DIGITS = load("digits")
 X = torch.zeros(2, 1, 8, 8)

@@ -425,7 +425,7 @@ def test_a_budget_of_nothing_is_refused_at_the_door(macs: float) -> None:
 
 @pytest.mark.parametrize(
     "settings_",
-    [{"begin": 0.6, "end": 0.5}, {"begin": -0.1}, {"end": 1.1}, {"count": 0}, {"min_width": 0}, {"grace": -1},
+    [{"begin": 0.6, "end": 0.5}, {"begin": -0.1}, {"end": 1.1}, {"count": -1}, {"min_width": 0}, {"grace": -1},
      {"offer": -0.1}, {"offer": 1.0}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(settings_: dict[str, float]) -> None:

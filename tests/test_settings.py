@@ -200,10 +200,10 @@ PLACES: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
     ("epochs = 0", {"EPOCHS": "x"}, {"epochs": -1}, r"^setting 'epochs' should be greater .* got -1$"),
     ('policy = {name = "budget", mcas = 1}', {}, {}, r"'policy.mcas' in \S*run.toml; did you mean policy.macs"),
     (
-        "policy = {schedule = {count = 0}}",
+        "policy = {schedule = {count = -1}}",
         {},
         {"policy": {"name": "budget", "params": 0.5}},
-        r"'policy.schedule' in \S*run.toml: count=0",
+        r"'policy.schedule' in \S*run.toml: count=-1",
     ),
     (
         "",

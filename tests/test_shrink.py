@@ -30,9 +30,9 @@ from autowidth.lab.studies.batch_sizes import BATCHES
 from autowidth.lab.studies.batch_sizes import main as batch_sizes
 from autowidth.lab.studies.shrink_memory import MIB, Peak, activation_bytes, resident
 from autowidth.lab.studies.shrink_memory import main as shrink_memory
-from autowidth.narrowing import ShrinkError, reviews_for, untrained
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
+from autowidth.review.narrowing import ShrinkError, reviews_for, untrained
 from autowidth.review.state import corrected_norms, norm_shifts
 from test_cli import called, program
 

@@ -30,12 +30,12 @@ from autowidth.boundaries import Boundary, LoopError, accumulators, check_infere
 from autowidth.channels import ChannelMap, ResizePlan
 from autowidth.engine_state import SCHEMA, StateError, check_made, made_with, restore_, state_of
 from autowidth.history import Event, History
-from autowidth.narrowing import narrow_
 from autowidth.policy import Auto, Budget, Policy
 from autowidth.ranks import Ranks, ranks_of
 from autowidth.review.batches import Loss
 from autowidth.review.calibrate import Calibration
 from autowidth.review.effort import Effort
+from autowidth.review.narrowing import narrow_
 from autowidth.review.review import Importance, Reviewer
 from autowidth.review.state import quiet
 from autowidth.surgery import apply_
@@ -313,17 +313,18 @@ class AutoWidth:
         return event
 
     def narrow(
-        self, *, reviews: int | None = None, effort: Effort | None = None,
+        self, *, batches: Iterable[Any] | None = None, reviews: int | None = None, effort: Effort | None = None,
         report: Callable[[Event], None] = lambda event: None,
     ) -> tuple[Event, ...]:  # fmt: skip
         """Makes a trained classifier as small as the policy says before the first step, as `shrink_` does.
 
-        What counts is that it goes on giving its own softened answers to the probe's inputs; labels are not looked at.
-        For a run that trains given weights on: what is removed before they move is chosen better than what is removed
-        on the way (docs/decisions/016). Schedule(count=0) leaves the run itself without reviews.
+        What counts is that it goes on giving its own softened answers; labels are not looked at. For a run that trains
+        given weights on: what is removed before they move is chosen better than what is removed on the way
+        (docs/decisions/016). Schedule(count=0) leaves the run itself without reviews.
 
-        reviews: in how many steps; None: one for every tenth of the cost that goes, at least three. effort: what each
-        looks at. `report` is called with each event; all are in the history, as of step 0. Returns the events.
+        batches: training data as training sees them, augmented; None: the probe. reviews: in how many steps; None: one
+        for every tenth of the cost that goes, at least three. effort: what each looks at. `report` is called with each
+        event; all are in the history, as of step 0. Returns the events.
 
         Raises LoopError after the first step, ShrinkError for a policy without limits or schedule, ProbeError for
         batches without inputs and networks without scores of classes; what `review` raises.
@@ -332,7 +333,10 @@ class AutoWidth:
         if self.steps:
             raise LoopError(f"engine.narrow() at step {self.steps}: it is for weights that training has not moved yet")
         self._boundary.check_graphs()
-        return narrow_(self._reviewer, self.total_steps, reviews=reviews, effort=effort, report=report)
+        return narrow_(
+            self._reviewer, self.total_steps, batches=self._reviewer.probe if batches is None else batches,
+            reviews=reviews, effort=effort, report=report,
+        )  # fmt: skip
 
     # ---- what its future depends on
 

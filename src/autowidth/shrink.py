@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from autowidth.attach import check_groups, check_kinds, check_start, first_batch, latency_of, loss_of
 from autowidth.history import History
-from autowidth.narrowing import STEPS, ShrinkError, answered, fitted_at_rest, review_, untrained
-from autowidth.policy import Budget, Policy
-from autowidth.review.answers import answers_loss
+from autowidth.policy import Budget, Never, Policy
+from autowidth.review.answers import Answered, answers_loss
 from autowidth.review.batches import Loss
 from autowidth.review.effort import Effort
+from autowidth.review.narrowing import STEPS, ShrinkError, fitted_at_rest, review_, untrained
 from autowidth.review.review import Reviewer
 from autowidth.review.state import quiet
 from autowidth.review.trial import NormsAfter
@@ -61,6 +61,12 @@ def shrink_(
     for step in reviewer.policy.reviews(STEPS):
         review_(reviewer, step)
     return reviewer.history
+
+
+def answered(model: nn.Module, batches: Iterable[Any], seed: int) -> Answered:
+    """The batches with answers of the model as it is now for labels. Raises as `shrink_` does."""
+    check_kinds(model, (), batches, Never(), STEPS)
+    return Answered(batches, inner_model(model), seed=seed)
 
 
 def reviewer_of(

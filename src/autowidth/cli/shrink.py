@@ -19,8 +19,8 @@ from autowidth.lab.prepare import free_folder
 from autowidth.lab.saved import table_of
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.shrinking import Shrunk, shrink
-from autowidth.narrowing import reviews_for
 from autowidth.policy import Budget
+from autowidth.review.narrowing import reviews_for
 
 EXAMPLES = """[bold]Examples[/bold]
 

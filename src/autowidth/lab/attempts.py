@@ -47,9 +47,9 @@ from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
 from autowidth.lab.shrinking import STEP, in_steps, reviewed
 from autowidth.layers import layers_of
-from autowidth.narrowing import STEPS, review_
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
 from autowidth.review.effort import Effort
+from autowidth.review.narrowing import STEPS, review_
 from autowidth.review.review import Reviewer
 from autowidth.trace import trace
 

@@ -295,9 +295,11 @@ class _Run:
 
     def _narrow(self) -> None:
         """Meets the budget before the first step."""
+        batches = self.images.training_batches(min(at_once(self.images, PROBED), self.at_once), seed=self.settings.seed)
         events = self.engine.narrow(
-            effort=self.settings.effort, report=lambda event: self.report(self._progress("review", 0, None))
-        )
+            batches=batches, effort=self.settings.effort,
+            report=lambda event: self.report(self._progress("review", 0, None)),
+        )  # fmt: skip
         if any(event.maps for event in events):
             self.finite.follow(self.network)
             if self.paced is not None:

@@ -18,12 +18,12 @@ from autowidth.lab.prepare import build_network, check_folder, find_device, load
 from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
-from autowidth.narrowing import STEPS, answered, review_, untrained
 from autowidth.policy import Budget, BudgetError, Limits, Policy
 from autowidth.review.answers import answers_loss
 from autowidth.review.batches import of_pairs
+from autowidth.review.narrowing import STEPS, review_, untrained
 from autowidth.review.review import Reviewer
-from autowidth.shrink import reviewer_of
+from autowidth.shrink import answered, reviewer_of
 
 STEP = 0.9
 """Share of the MACs that a step leaves where no target is given."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autowidth.lab.bench import Outcome, Record, Suite, Unit, bench, logged, nameless
+from autowidth.lab.fine_tuning import SCHEDULE
 from autowidth.lab.prepare import build_network, find_device, load_images
 from autowidth.lab.settings import Settings
 from autowidth.lab.suites.published import FINE_TUNED, TABLES, as_trained, settings_for
@@ -43,12 +44,12 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(label="as by default, rate 0.05"),
     Layout(label="rate 0.02", predicted="loses half a point in few epochs", train={"lr": 0.02}),
     Layout(label="rate 0.01", predicted="loses a point in few epochs", train={"lr": 0.01}),
-    Layout(label="at once, before the run", predicted="as good", method="autowidth-shrunk"),
+    Layout(label="4 reviews to 12 %", predicted="worse", schedule=SCHEDULE),
     Layout(label="one review at the first step", predicted="worse", schedule={"count": 1, "begin": 0.0, "end": 0.01}),
-    Layout(label="8 reviews to 12 %", predicted="no better", schedule={"count": 8}),
-    Layout(label="4 reviews to 30 %", predicted="no worse", schedule={"end": 0.3}),
+    Layout(label="8 reviews to 12 %", predicted="no better", schedule={**SCHEDULE, "count": 8}),
+    Layout(label="4 reviews to 30 %", predicted="no worse", schedule={**SCHEDULE, "end": 0.3}),
     Layout(label="8 reviews from 6 to 70 %", predicted="worse", schedule={"count": 8, "begin": 0.06, "end": 0.7}),
-    Layout(label="5 % offered to newborns", predicted="worse", limits={"offer": 0.05}),
+    Layout(label="5 % offered to newborns", predicted="worse", schedule=SCHEDULE, limits={"offer": 0.05}),
     Layout(label="a warm-up of 20 %", predicted="worse", train={"schedule": "one-cycle"}),
     Layout(label="Torch-Pruning at the start", method="torch-pruning-magnitude-layer"),
 )

@@ -44,7 +44,7 @@ from autowidth.lab.studies.shape_settings import SETTINGS, training_of, uniform_
 from autowidth.lab.studies.shapes import GLIMPSED, OWN
 from autowidth.lab.studies.widths import Shape, distance
 from autowidth.lab.tables import markdown
-from autowidth.narrowing import PROBE
+from autowidth.review.narrowing import PROBE
 from autowidth.review.profit import profits
 from autowidth.review.reconstruct import Reconstruction, readers_without, reconstruction
 from autowidth.review.state import named_tensors, quiet

@@ -8,19 +8,14 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from typing import Any
 
-from torch import nn
-
-from autowidth.attach import check_kinds, check_start, first_batch
 from autowidth.errors import AutoWidthError
 from autowidth.history import Event
-from autowidth.policy import Budget, Limits, Never, Policy, Schedule
+from autowidth.policy import Budget, Limits, Policy, Schedule, Start
 from autowidth.review.answers import Answered, answers_loss
 from autowidth.review.batches import of_pairs, samples_of
 from autowidth.review.calibrate import Calibration
 from autowidth.review.effort import Effort, FittedEffort
 from autowidth.review.review import Reviewer
-from autowidth.review.state import quiet
-from autowidth.unwrapping import inner_model
 
 STEPS = 1000
 """On how many steps the schedule of a policy is laid out, none of which are taken."""
@@ -34,12 +29,6 @@ PROBE, AUDIT, FILTERS = 1024, 256, 4
 
 class ShrinkError(AutoWidthError, ValueError):
     """A policy that says nothing about a network that does not train."""
-
-
-def answered(model: nn.Module, batches: Iterable[Any], seed: int) -> Answered:
-    """The batches with answers of the model as it is now for labels. Raises as `shrink_` does."""
-    check_kinds(model, (), batches, Never(), STEPS)
-    return Answered(batches, inner_model(model), seed=seed)
 
 
 def reviews_for(policy: Policy) -> int:
@@ -74,16 +63,16 @@ def review_(reviewer: Reviewer, step: int) -> None:
 
 
 def narrow_(
-    reviewer: Reviewer, total_steps: int, *, reviews: int | None, effort: Effort | None,
+    reviewer: Reviewer, total_steps: int, *, batches: Iterable[Any], reviews: int | None, effort: Effort | None,
     report: Callable[[Event], None],
 ) -> tuple[Event, ...]:  # fmt: skip
-    """Reviews in a row by the answers of the reviewer's network, to where its policy ends; events of step 0.
+    """Reviews in a row by what the reviewer's network answers to these batches; events of step 0.
 
     The reviewer is then as it was, with another network. Raises ShrinkError, ProbeError, PolicyError, BudgetError.
     """
     found, modes = list[Event](), {module: module.training for module in reviewer.model.modules()}
     history = reviewer.history
-    with _at_rest(reviewer, untrained(reviewer.policy, reviews), effort):
+    with _at_rest(reviewer, untrained(reviewer.policy, reviews), batches, effort):
         for step in reviewer.policy.reviews(STEPS):
             before = len(history)
             try:
@@ -100,19 +89,20 @@ def narrow_(
 
 
 @contextmanager
-def _at_rest(reviewer: Reviewer, policy: Policy, effort: Effort | None) -> Iterator[None]:
+def _at_rest(
+    reviewer: Reviewer, policy: Policy, batches: Iterable[Any], effort: Effort | None
+) -> Iterator[None]:  # fmt: skip
     """The reviewer with what judges a network that does not train, and afterwards with what it had."""
-    batches = answered(reviewer.model, reviewer.probe, reviewer.seed)
+    policy.check(Start(costs=reviewer.costs(), widths=reviewer.channel_map.widths, samples=reviewer.samples))
+    answers = Answered(batches, reviewer.model, seed=reviewer.seed)
     lent = {
-        "policy": policy, "probe": batches, "loss": of_pairs(answers_loss), "effort": fitted_at_rest(effort, batches),
-        "importance": None, "norms": "corrected", "calibration": Calibration(), "samples": reviewer.samples,
+        "policy": policy, "probe": answers, "loss": of_pairs(answers_loss), "effort": fitted_at_rest(effort, answers),
+        "importance": None, "norms": "corrected", "calibration": Calibration(),
     }  # fmt: skip
     own = {name: getattr(reviewer, name) for name in lent}
     try:
         for name, value in lent.items():
             setattr(reviewer, name, value)
-        with quiet(reviewer.model):
-            check_start(reviewer, first_batch(batches))
         yield
     finally:
         for name, value in own.items():
