@@ -157,7 +157,8 @@ def _fine_tuning(settings: Settings) -> str:
 def _described(event: Event, number: int) -> str:
     """A review in one line."""
     moved = f"-{sum(event.removed.values())} +{sum(event.inserted.values())} filters"
-    parts = [f"review {number} at step {event.step}: {moved}"]
+    when = f"at step {event.step}" if event.step else "before the first step"
+    parts = [f"review {number} {when}: {moved}"]
     if event.predicted is not None and event.measured is not None:
         parts.append(f"loss {event.measured:+.4f} nats (predicted {event.predicted:+.4f})")
     if event.fidelity is not None and event.fidelity.spearman is not None:
