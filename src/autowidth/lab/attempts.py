@@ -34,6 +34,7 @@ from autowidth.cost import macs_cost
 from autowidth.engine import AutoWidth
 from autowidth.history import History
 from autowidth.lab.data import ImageSet
+from autowidth.lab.fine_tuning import AT_ONCE
 from autowidth.lab.guessing import GLANCE, LARGEST, SMALLEST, first_share, healed_share, may_be_won_back
 from autowidth.lab.judging import Evidence, Judge, difference, seen
 from autowidth.lab.keeping import TRAINING, anywhere
@@ -332,6 +333,8 @@ class _Row:
         settings, number = self.settings, self._trained + 1
         count = min(max(self._each * epochs // EVERY, FEWEST), MANY)
         schedule = Schedule(count=count, begin=0.0, end=END)
+        if settings.weights is not None:  # what was brought is cut before it is shaken (docs/decisions/016)
+            schedule = Schedule(**AT_ONCE)
         policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
         self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
