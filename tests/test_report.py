@@ -189,6 +189,14 @@ def test_plotly_knows_every_word_of_every_figure(tmp_path: Path, trained: Path) 
             go.Figure(data=drawn[0], layout=drawn[1])  # raises where a name is none of Plotly's
 
 
+def test_losses_of_answers_are_not_drawn_beside_those_on_labels(trained: Path) -> None:
+    story = story_of(read_record(trained))
+    first = replace(story, reviews=tuple(replace(r, event=replace(r.event, step=0)) for r in story.reviews))
+    drawn = [[trace["name"] for trace in figures(s)["loss"].views[0].traces] for s in (story, first)]
+    assert "probe, before a review" in drawn[0] and "probe, before a review" not in drawn[1]
+    assert "training, mean of an epoch" in drawn[1]
+
+
 def test_a_page_compares_runs(trained: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         shutil.copytree(trained, tmp_path / f"{number}" / "run")

@@ -308,7 +308,11 @@ def _course(story: Story, what: str, number: int, several: bool, in_epochs: bool
     name = {"accuracy": f"on {story.part} images", "loss": "training, mean of an epoch"}[what]
     found = [_line(label or name, known, line)] if known else []
     if what == "loss" and not several:
-        probed = [(_at(r, in_epochs), r.event.loss) for r in story.reviews if r.event.loss is not None]
+        probed = [
+            (_at(r, in_epochs), r.event.loss)
+            for r in story.reviews
+            if r.event.loss is not None and r.event.step  # before the first step it is not the loss on labels
+        ]
         if probed:
             probe = _line("probe, before a review", probed, {"color": "var(--left)", "width": 1, "dash": "dot"})
             found.append(probe | {"mode": "lines+markers", "marker": {"size": 5, "color": "var(--left)"}})
