@@ -32,8 +32,8 @@ from autowidth.lab.studies.shrink_memory import MIB, Peak, activation_bytes, res
 from autowidth.lab.studies.shrink_memory import main as shrink_memory
 from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
-from autowidth.review.narrowing import ShrinkError, reviews_for, untrained
 from autowidth.review.state import corrected_norms, norm_shifts
+from autowidth.review.untrained import ShrinkError, reviews_for, untrained
 from test_cli import called, program
 
 PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")

@@ -210,7 +210,7 @@ def test_a_resize_that_fails_leaves_a_wrapper_that_works(monkeypatch: pytest.Mon
 
 def test_shrinking_takes_the_model_inside() -> None:
     from autowidth import shrink_
-    from autowidth.review.narrowing import ShrinkError
+    from autowidth.review.untrained import ShrinkError
 
     batches = [(torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64))]
     with pytest.raises(ShrinkError, match=r"pass its \.module"):

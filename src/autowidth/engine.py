@@ -35,9 +35,9 @@ from autowidth.ranks import Ranks, ranks_of
 from autowidth.review.batches import Loss
 from autowidth.review.calibrate import Calibration
 from autowidth.review.effort import Effort
-from autowidth.review.narrowing import narrow_
 from autowidth.review.review import Importance, Reviewer
 from autowidth.review.state import quiet
+from autowidth.review.untrained import shrink_with
 from autowidth.surgery import apply_
 from autowidth.trace import Inputs, trace
 from autowidth.unwrapping import forget_compiled, inner_model, written
@@ -287,7 +287,7 @@ class AutoWidth:
         """Says it where a budget will never be met, for nobody reviews."""
         if isinstance(self.policy, Budget) and not (self.policy.schedule.count or len(self.history)):
             warnings.warn(
-                f"{self.policy.aim}, and no review is planned: call engine.narrow() before the first step, or "
+                f"{self.policy.aim}, and no review is planned: call engine.shrink() before the first step, or "
                 "engine.review() where it suits you",
                 stacklevel=3,
             )
@@ -312,7 +312,7 @@ class AutoWidth:
             forbid_backward(before, self.steps)
         return event
 
-    def narrow(
+    def shrink(
         self, *, batches: Iterable[Any] | None = None, reviews: int | None = None, effort: Effort | None = None,
         report: Callable[[Event], None] = lambda event: None,
     ) -> tuple[Event, ...]:  # fmt: skip
@@ -329,11 +329,11 @@ class AutoWidth:
         Raises LoopError after the first step, ShrinkError for a policy without limits or schedule, ProbeError for
         batches without inputs and networks without scores of classes; what `review` raises.
         """
-        check_inference("engine.narrow()")
+        check_inference("engine.shrink()")
         if self.steps:
-            raise LoopError(f"engine.narrow() at step {self.steps}: it is for weights that training has not moved yet")
+            raise LoopError(f"engine.shrink() at step {self.steps}: it is for weights that training has not moved yet")
         self._boundary.check_graphs()
-        return narrow_(
+        return shrink_with(
             self._reviewer, self.total_steps, batches=self._reviewer.probe if batches is None else batches,
             reviews=reviews, effort=effort, report=report,
         )  # fmt: skip

@@ -13,10 +13,10 @@ from autowidth.policy import Budget, Never, Policy
 from autowidth.review.answers import Answered, answers_loss
 from autowidth.review.batches import Loss
 from autowidth.review.effort import Effort
-from autowidth.review.narrowing import STEPS, ShrinkError, fitted_at_rest, review_, untrained
 from autowidth.review.review import Reviewer
 from autowidth.review.state import quiet
 from autowidth.review.trial import NormsAfter
+from autowidth.review.untrained import STEPS, ShrinkError, fitted_at_rest, review_, untrained
 from autowidth.trace import Inputs, trace
 from autowidth.unwrapping import inner_model, written
 from autowidth.wrappers import group_of

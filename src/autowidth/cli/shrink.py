@@ -20,7 +20,7 @@ from autowidth.lab.saved import table_of
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.shrinking import Shrunk, shrink
 from autowidth.policy import Budget
-from autowidth.review.narrowing import reviews_for
+from autowidth.review.untrained import reviews_for
 
 EXAMPLES = """[bold]Examples[/bold]
 

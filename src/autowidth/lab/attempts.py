@@ -50,8 +50,8 @@ from autowidth.lab.shrinking import STEP, in_steps, reviewed
 from autowidth.layers import layers_of
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
 from autowidth.review.effort import Effort
-from autowidth.review.narrowing import STEPS, review_
 from autowidth.review.review import Reviewer
+from autowidth.review.untrained import STEPS, review_
 from autowidth.trace import trace
 
 JUDGED = 500

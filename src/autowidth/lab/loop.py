@@ -51,7 +51,7 @@ from autowidth.lab.loop_parts import (
     threads_of,
 )
 from autowidth.lab.optimizers import optimizer_of
-from autowidth.lab.policies import narrows_first
+from autowidth.lab.policies import shrinks_first
 from autowidth.lab.prepare import build_network, built, check_folder, find_device, load_images
 from autowidth.lab.result import Moment, Progress, Report, Result, silent
 from autowidth.lab.resuming import ResumeError, Unfinished, check_anew, unfinished_at
@@ -278,8 +278,8 @@ class _Run:
             at.accuracy_start, _ = self._evaluated(asked)
         at.begin()
         self.report(self._progress("start", at.epoch, None))
-        if narrows_first(self.engine.policy) and not self.engine.steps:
-            self._narrow()
+        if shrinks_first(self.engine.policy) and not self.engine.steps:
+            self._shrink()
         while at.epoch < self.settings.epochs:
             for x, y in self._batches_left():
                 at.batch += 1
@@ -293,10 +293,10 @@ class _Run:
         if not at.evaluated_well:
             raise self.finite.diverged(f"the loss on the {self.part} images is {at.loss} at step {self.engine.steps}")
 
-    def _narrow(self) -> None:
+    def _shrink(self) -> None:
         """Meets the budget before the first step."""
         batches = self.images.training_batches(min(at_once(self.images, PROBED), self.at_once), seed=self.settings.seed)
-        events = self.engine.narrow(
+        events = self.engine.shrink(
             batches=batches, effort=self.settings.effort,
             report=lambda event: self.report(self._progress("review", 0, None)),
         )  # fmt: skip

@@ -126,7 +126,7 @@ def reviewed(policy: Policy) -> bool:
     return not isinstance(policy, Never)
 
 
-def narrows_first(policy: Policy) -> bool:
+def shrinks_first(policy: Policy) -> bool:
     """Whether a budget is met before the first step."""
     return isinstance(policy, Budget) and not policy.schedule.count
 

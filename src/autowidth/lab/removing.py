@@ -24,10 +24,10 @@ from autowidth.lab.methods import OneShot
 from autowidth.lab.other_tools import torch_pruned
 from autowidth.policy import Budget, BudgetError, Costs, GroupReport, Situation
 from autowidth.review.batches import Batches, of_pairs
-from autowidth.review.narrowing import PROBE
 from autowidth.review.reconstruct import readers_without, reconstruction
 from autowidth.review.state import named_tensors, precise_statistics, quiet
 from autowidth.review.statistics import effective_weights, read_moments
+from autowidth.review.untrained import PROBE
 from autowidth.shrink import shrink_
 from autowidth.surgery import apply_
 from autowidth.trace import trace

@@ -21,8 +21,8 @@ from autowidth.lab.settings import Settings
 from autowidth.policy import Budget, BudgetError, Limits, Policy
 from autowidth.review.answers import answers_loss
 from autowidth.review.batches import of_pairs
-from autowidth.review.narrowing import STEPS, review_, untrained
 from autowidth.review.review import Reviewer
+from autowidth.review.untrained import STEPS, review_, untrained
 from autowidth.shrink import answered, reviewer_of
 
 STEP = 0.9

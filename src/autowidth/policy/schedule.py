@@ -26,7 +26,7 @@ class Standing:
 class Schedule:
     """`count` reviews, evenly spaced between the shares `begin` and `end` of the run.
 
-    With none of them a budget is met by `AutoWidth.narrow`, before the first step. The defaults were measured on
+    With none of them a budget is met by `AutoWidth.shrink`, before the first step. The defaults were measured on
     held-out images (docs/decisions/009). Raises PolicyError for values out of range.
     """
 

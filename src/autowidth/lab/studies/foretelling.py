@@ -44,11 +44,11 @@ from autowidth.lab.studies.shape_settings import SETTINGS, training_of, uniform_
 from autowidth.lab.studies.shapes import GLIMPSED, OWN
 from autowidth.lab.studies.widths import Shape, distance
 from autowidth.lab.tables import markdown
-from autowidth.review.narrowing import PROBE
 from autowidth.review.profit import profits
 from autowidth.review.reconstruct import Reconstruction, readers_without, reconstruction
 from autowidth.review.state import named_tensors, quiet
 from autowidth.review.statistics import effective_weights, probe, read_moments
+from autowidth.review.untrained import PROBE
 from autowidth.surgery import apply_
 from autowidth.trace import trace
 

@@ -62,7 +62,7 @@ def review_(reviewer: Reviewer, step: int) -> None:
         reviewer.model.eval()
 
 
-def narrow_(
+def shrink_with(
     reviewer: Reviewer, total_steps: int, *, batches: Iterable[Any], reviews: int | None, effort: Effort | None,
     report: Callable[[Event], None],
 ) -> tuple[Event, ...]:  # fmt: skip

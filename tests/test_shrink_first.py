@@ -19,7 +19,7 @@ from autowidth.lab.loop import train
 from autowidth.lab.models import build
 from autowidth.lab.settings import settings_of
 from autowidth.review.batches import ProbeError
-from autowidth.review.narrowing import ShrinkError
+from autowidth.review.untrained import ShrinkError
 
 DIGITS = load("digits")
 X = torch.zeros(2, 1, 8, 8)
@@ -73,7 +73,7 @@ def test_it_ends_at_the_budget_and_training_goes_on_from_there(trained: nn.Modul
     network, optimizer, engine = attached(trained.train())
     told: list[Event] = []
     modes = [module.training for module in network.modules()]
-    events = engine.narrow(report=told.append)
+    events = engine.shrink(report=told.append)
     assert list(events) == told == list(engine.history) and len(events) == 4
     assert {(event.step, event.total_steps) for event in events} == {(0, 4)}
     assert engine.macs <= 0.6 * engine.macs_start and aw.count_macs(network, X) == engine.macs
@@ -89,14 +89,14 @@ def test_labels_do_not_count(trained: nn.Module) -> None:
     found = []
     for shift in (0, 3):
         network, _, engine = attached(trained, probe=[(x, (y + shift) % 10) for x, y in batches()])
-        engine.narrow()
+        engine.shrink()
         found.append(network)
     assert alike(*found)
 
 
 def test_it_does_what_shrinking_does(trained: nn.Module) -> None:
     network, _, engine = attached(trained)
-    engine.narrow(reviews=2)
+    engine.shrink(reviews=2)
     alone = copy.deepcopy(trained)
     aw.shrink_(alone, example_inputs=X, batches=batches(), policy=aw.Budget(macs=0.6), reviews=2, seed=3)
     assert alike(network, alone)
@@ -110,7 +110,7 @@ def test_followers_and_optimizers_come_along(trained: nn.Module) -> None:
         network, optimizer, example_inputs=X, probe=batches(), loss_fn=F.cross_entropy, policy=AT_ONCE, total_steps=2,
         followers=[average],
     )  # fmt: skip
-    engine.narrow(reviews=1)
+    engine.shrink(reviews=1)
     assert {n: p.shape for n, p in average.named_parameters()} == {n: p.shape for n, p in network.named_parameters()}
     steps(network, optimizer, engine, 2)
 
@@ -120,13 +120,13 @@ def test_what_judges_later_reviews_is_as_it_was(trained: nn.Module) -> None:
     _, _, engine = attached(trained, policy=policy)
     reviewer = engine._reviewer
     own = {name: getattr(reviewer, name) for name in ("policy", "probe", "loss", "effort", "norms", "calibration")}
-    engine.narrow(reviews=1)
+    engine.shrink(reviews=1)
     assert all(getattr(reviewer, name) is value for name, value in own.items())
 
 
 def test_a_state_taken_afterwards_goes_on_alike(trained: nn.Module, tmp_path: Path) -> None:
     network, optimizer, engine = attached(trained)
-    engine.narrow(reviews=2)
+    engine.shrink(reviews=2)
     steps(network, optimizer, engine, 2)
     kept = copy.deepcopy((engine.state_dict(), network.state_dict(), optimizer.state_dict()))
     other, optimizer_2, engine_2 = attached(trained)
@@ -147,10 +147,10 @@ def test_an_interrupt_between_reviews_loses_no_event(trained: nn.Module) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.narrow(report=enough)
+        engine.shrink(report=enough)
     assert len(engine.history) == 2 and engine.history.events[-1].widths == engine.widths
     assert aw.count_macs(network, X) == engine.macs and engine.policy is AT_ONCE
-    engine.narrow()
+    engine.shrink()
     assert engine.macs <= 0.6 * engine.macs_start
 
 
@@ -166,7 +166,7 @@ def test_a_review_that_fails_leaves_everything_as_it_was(
 
     monkeypatch.setattr(type(reviewer), "_resize", fails)
     with pytest.raises(OSError, match="no space"):
-        engine.narrow()
+        engine.shrink()
     assert alike(network, before) and reviewer.loss is loss and reviewer.history is history and not len(history)
 
 
@@ -174,14 +174,14 @@ def test_after_the_first_step_it_is_refused(trained: nn.Module) -> None:
     network, optimizer, engine = attached(trained, policy=aw.Budget(macs=0.6))
     steps(network, optimizer, engine, 1)
     with pytest.raises(LoopError, match="at step 1"):
-        engine.narrow()
+        engine.shrink()
     engine.abandon()
 
 
 def test_what_it_cannot_do_is_told(trained: nn.Module) -> None:
     _, _, engine = attached(trained, policy=aw.Never())
     with pytest.raises(ShrinkError, match="no schedule"):
-        engine.narrow()
+        engine.shrink()
     named = [{"image": x, "label": y} for x, y in batches()]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -189,12 +189,12 @@ def test_what_it_cannot_do_is_told(trained: nn.Module) -> None:
 
     _, _, engine = attached(trained, probe=named, loss_fn=None, loss=loss)
     with pytest.raises(ProbeError):
-        engine.narrow()
+        engine.shrink()
 
 
 def test_a_budget_that_nobody_will_meet_is_told_at_the_first_step(trained: nn.Module) -> None:
     network, optimizer, engine = attached(trained)
-    with pytest.warns(UserWarning, match=r"no review is planned: call engine\.narrow\(\)"):
+    with pytest.warns(UserWarning, match=r"no review is planned: call engine\.shrink\(\)"):
         steps(network, optimizer, engine, 1)
     steps(network, optimizer, engine, 1)
     assert engine.review().macs <= 0.6 * engine.macs_start  # by hand, all at once
