@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from autowidth.review.effort import Effort
+
 EPOCHS = 20
 """Passes over the training images from given weights."""
 
@@ -14,6 +16,9 @@ RATES: Mapping[str, tuple[float, float]] = {"sgd": (0.1, 0.02), "adamw": (0.001,
 AT_ONCE: Mapping[str, Any] = {"count": 0}
 """A budget is met from given weights before the first step, while they still say what the filters are worth: the rate
 of fine-tuning shakes them, and what is chosen after that is chosen worse (docs/decisions/016)."""
+
+LOOKED_AT = Effort(probe_samples=256, audit_samples=128)
+"""What each of those reviews looks at: with training behind them, a quarter of what `shrink_` looks at is as good."""
 
 SCHEDULE: Mapping[str, Any] = {"count": 4, "begin": 0.0, "end": 0.12}
 """When the reviews of other policies take place from given weights: whatever is removed early has the rest of the run

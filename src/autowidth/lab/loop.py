@@ -35,6 +35,7 @@ from autowidth.history import Event
 from autowidth.lab.baselines.registry import TrainingRule
 from autowidth.lab.compiling import PacedLoss
 from autowidth.lab.data import ImageSet
+from autowidth.lab.fine_tuning import LOOKED_AT
 from autowidth.lab.finite import DivergedError, FiniteCheck
 from autowidth.lab.keeping import Keeper, NowhereError, anywhere
 from autowidth.lab.lock import locked
@@ -297,7 +298,7 @@ class _Run:
         """Meets the budget before the first step."""
         batches = self.images.training_batches(min(at_once(self.images, PROBED), self.at_once), seed=self.settings.seed)
         events = self.engine.shrink(
-            batches=batches, effort=self.settings.effort,
+            batches=batches, effort=self.settings.effort or LOOKED_AT,
             report=lambda event: self.report(self._progress("review", 0, None)),
         )  # fmt: skip
         if any(event.maps for event in events):
