@@ -143,7 +143,9 @@ def test_given_weights_are_trained_on_gently_unless_told_otherwise() -> None:
     fresh, tuned = settings_of({}), settings_of({"weights": "w.pt", "policy": {"name": "budget", "macs": 0.5}})
     assert (fresh.lr, fresh.epochs, fresh.schedule, fresh.policy.limits.offer) == (0.1, 120, "one-cycle", 0.05)
     assert (tuned.lr, tuned.epochs, tuned.schedule, tuned.policy.limits.offer) == (0.02, 20, "cosine", 0.0)
-    assert (tuned.policy.schedule.begin, tuned.policy.schedule.end, tuned.policy.macs) == (0.0, 0.12, 0.5)
+    assert (tuned.policy.schedule.count, tuned.policy.macs) == (0, 0.5)
+    others = settings_of({"weights": "w.pt", "policy": {"name": "auto"}}).policy.schedule
+    assert (others.count, others.begin, others.end) == (4, 0.0, 0.12)
     own = settings_of({
         "weights": "w.pt", "lr": 0.3, "epochs": 7, "schedule": "one-cycle",
         "policy": {"name": "budget", "schedule": {"end": 0.9}, "limits": {"offer": 0.1, "multiple": 4}},

@@ -223,6 +223,12 @@ def test_a_run_from_weights_is_made_smaller_before_its_first_step(trained: nn.Mo
     assert aw.read_run(tmp_path / "run").history().removed_total == found.removed > 0  # type: ignore[union-attr]
 
 
+def test_fewer_images_than_a_batch_are_enough(trained: nn.Module, tmp_path: Path) -> None:
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    found = train(settings_of(short(weights=tmp_path / "w.pt", limit=40)))
+    assert found.macs <= 0.6 * found.macs_start and found.reviews == 4
+
+
 def test_a_schedule_that_is_given_is_kept(trained: nn.Module, tmp_path: Path) -> None:
     torch.save(trained.state_dict(), tmp_path / "w.pt")
     policy = {"name": "budget", "macs": 0.6, "schedule": {"count": 2, "begin": 0.2, "end": 0.5}}

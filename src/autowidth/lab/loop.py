@@ -296,10 +296,10 @@ class _Run:
 
     def _shrink(self) -> None:
         """Meets the budget before the first step."""
-        batches = self.images.training_batches(min(at_once(self.images, PROBED), self.at_once), seed=self.settings.seed)
+        together = min(at_once(self.images, PROBED), self.at_once, len(self.images.train))
         events = self.engine.shrink(
-            batches=batches, effort=self.settings.effort or LOOKED_AT,
-            report=lambda event: self.report(self._progress("review", 0, None)),
+            batches=self.images.training_batches(together, seed=self.settings.seed),
+            effort=self.settings.effort or LOOKED_AT, report=lambda _: self.report(self._progress("review", 0, None)),
         )  # fmt: skip
         if any(event.maps for event in events):
             self.finite.follow(self.network)
