@@ -217,6 +217,21 @@ def test_a_recording_repeats_what_it_returned_where_nothing_changed() -> None:
     assert again == model(x).sum().item()
 
 
+def test_what_reads_an_attribute_is_the_recorded_call_too() -> None:
+    model, ((x, _), *_) = Odd(lambda net, x: net.b(net.a(x).view(x.shape[0], -1, *x.shape[2:]))).eval(), data()
+    recorded = recording(model, x, [[model.c.bias]])
+    with torch.no_grad(), recorded.again(0), Counting() as counting:
+        model(x).sum().item()
+    network = build("resnet20-padding").eval()
+    weights = [p for name, p in network.named_parameters() if name.endswith("second.conv.weight")]
+    images = torch.randn(2, 3, 16, 16)
+    again = recording(network, images, [[weight] for weight in weights])
+    for trial in range(len(weights)):
+        with torch.no_grad(), again.again(trial):
+            network(images).sum().item()  # raises LostError where padding shortcuts ask for shapes
+    assert counting.count == 3
+
+
 def test_other_inputs_are_worked_out_anew() -> None:
     model, ((x, _), *_) = Odd(in_place_sum).eval(), data()
     recorded = recording(model, x, [[]])

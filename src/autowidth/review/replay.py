@@ -180,7 +180,7 @@ class _Again(TorchFunctionMode):
         if self.place >= len(self.recorded.calls):
             return None
         call = self.recorded.calls[self.place]
-        if func is not call.func or len(leaves) != len(call.leaves):
+        if func != call.func or len(leaves) != len(call.leaves):  # what reads `x.shape` is another object each time
             return None
         return call if all(self._is(a, b) for a, b in zip(leaves, call.leaves, strict=True)) else None
 
