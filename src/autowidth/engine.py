@@ -6,7 +6,8 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,13 +305,20 @@ class AutoWidth:
         from before the review raises LoopError.
         """
         check_inference("engine.review()")
+        with self._between_graphs():
+            notes = (DROPPED,) if self._boundary.waiting() else ()
+            return self._reviewer.review(self.steps, self.total_steps, notes=notes)
+
+    @contextmanager
+    def _between_graphs(self) -> Iterator[None]:
+        """For reviews: no graph waits for its backward pass, and those from before can have none any more."""
         self._boundary.check_graphs()
-        notes = (DROPPED,) if self._boundary.waiting() else ()
-        before = accumulators(self.model)
-        event = self._reviewer.review(self.steps, self.total_steps, notes=notes)
-        if event.maps:
-            forbid_backward(before, self.steps)
-        return event
+        before, made = accumulators(self.model), len(self.history)
+        try:
+            yield
+        finally:  # an interrupt comes behind a review that was made
+            if any(event.maps for event in self.history.events[made:]):
+                forbid_backward(before, self.steps)
 
     def shrink(
         self, *, batches: Iterable[Any] | None = None, reviews: int | None = None, effort: Effort | None = None,
@@ -332,11 +340,11 @@ class AutoWidth:
         check_inference("engine.shrink()")
         if self.steps:
             raise LoopError(f"engine.shrink() at step {self.steps}: it is for weights that training has not moved yet")
-        self._boundary.check_graphs()
-        return shrink_with(
-            self._reviewer, self.total_steps, batches=self._reviewer.probe if batches is None else batches,
-            reviews=reviews, effort=effort, report=report,
-        )  # fmt: skip
+        with self._between_graphs():
+            return shrink_with(
+                self._reviewer, self.total_steps, batches=self._reviewer.probe if batches is None else batches,
+                reviews=reviews, effort=effort, report=report,
+            )  # fmt: skip
 
     # ---- what its future depends on
 
