@@ -43,6 +43,7 @@ from autowidth.lab.loop_parts import (
     PROBED,
     Lesson,
     at_once,
+    augmented_batches,
     cpu_threads,
     evaluated_at_once,
     fitted_convolutions,
@@ -296,9 +297,8 @@ class _Run:
 
     def _shrink(self) -> None:
         """Meets the budget before the first step."""
-        together = min(at_once(self.images, PROBED), self.at_once, len(self.images.train))
         events = self.engine.shrink(
-            batches=self.images.training_batches(together, seed=self.settings.seed),
+            batches=augmented_batches(self.images, self.settings.seed, self.at_once),
             effort=self.settings.effort or LOOKED_AT, report=lambda _: self.report(self._progress("review", 0, None)),
         )  # fmt: skip
         if any(event.maps for event in events):

@@ -56,6 +56,12 @@ def probe_batches(images: ImageSet, seed: int, batch_size: int = PROBED) -> Batc
     )
 
 
+def augmented_batches(images: ImageSet, seed: int, batch_size: int = PROBED) -> Batches:
+    """Training images as training sees them, for reviews of a network that does not train: as many as fit together."""
+    together = min(at_once(images, PROBED), batch_size, len(images.train))
+    return images.training_batches(together, seed=seed)
+
+
 def evaluate(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], memory_format: torch.memory_format
 ) -> tuple[float, float]:

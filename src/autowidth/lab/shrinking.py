@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autowidth.errors import AutoWidthError
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop_parts import PROBED, at_once, cpu_threads, evaluate, evaluated_at_once, threads_of
+from autowidth.lab.loop_parts import augmented_batches, cpu_threads, evaluate, evaluated_at_once, threads_of
 from autowidth.lab.prepare import build_network, check_folder, find_device, load_images
 from autowidth.lab.result import Resized
 from autowidth.lab.saved import save_run
@@ -107,8 +107,7 @@ def reviewed(
 
     By the first policy that its least widths allow, else the last one says why not. Raises as `shrink_` does.
     """
-    together = min(at_once(images, PROBED), len(images.train))
-    batches = answered(network, images.training_batches(together, seed=settings.seed), settings.seed)
+    batches = answered(network, augmented_batches(images, settings.seed), settings.seed)
     *first, last = policies
 
     def by(policy: Policy) -> Reviewer:

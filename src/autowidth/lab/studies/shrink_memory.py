@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from autowidth.lab.data import ImageSet
-from autowidth.lab.loop_parts import PROBED, at_once
+from autowidth.lab.loop_parts import augmented_batches
 from autowidth.lab.prepare import build_network, load_images
 from autowidth.lab.settings import settings_of
 from autowidth.policy import Budget
@@ -92,7 +92,7 @@ def activation_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
 
 def measured(network: nn.Module, images: ImageSet, macs: float, seed: int) -> list[tuple[str, str]]:
     """What shrinking the network to this share of its MACs takes: (what, how much)."""
-    batches = images.training_batches(min(at_once(images, PROBED), len(images.train)), seed=seed)
+    batches = augmented_batches(images, seed)
     x, y = next(iter(batches))
     model = held_bytes(network)
     trace(network, x[:2])
