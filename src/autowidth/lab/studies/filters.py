@@ -24,11 +24,9 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import Outcome, Record, Suite, Unit, bench, logged, nameless
 from autowidth.lab.loop import Method
-from autowidth.lab.methods import Task
-from autowidth.lab.prepare import load_images
-from autowidth.lab.studies.published import ToShape, as_published, published_resnet
-from autowidth.lab.studies.shape_settings import SETTINGS, space_of, training_of, uniform_shape
-from autowidth.lab.studies.shapes import SEEDS, Glimpses
+from autowidth.lab.studies.published import ToShape, published_resnet
+from autowidth.lab.studies.shape_settings import SETTINGS, space_of, uniform_shape
+from autowidth.lab.studies.shapes import SEEDS, glimpsed, task_of
 from autowidth.lab.tables import markdown, spread
 from autowidth.review.batches import Batches, Loss
 from autowidth.review.review import Importance
@@ -79,20 +77,17 @@ def _unit(choice: str, reconstruct: bool, seed: int, data: str, weights: str, ep
 
 def measure(settings: Mapping[str, Any]) -> Outcome:
     """Cuts by one choice and trains on: the work of one unit."""
-    training = training_of(SETTING, settings["data"], settings["seed"], settings["train"]["epochs"])
-    images = as_published(load_images(training))
-    task = Task(settings=training, macs=SETTINGS[SETTING].macs, images=images)
+    task = task_of(SETTING, settings["data"], settings["seed"], settings["train"]["epochs"])
     widths = dict(zip(space_of(SETTING).cost.names, settings["widths"], strict=True))
     method = Method(
         policy=ToShape(widths=widths), importance=CHOICES[settings["choice"]], reconstruct=settings["reconstruct"]
     )  # fmt: skip
-    glimpses = Glimpses(SETTINGS[SETTING], task)
     network = published_resnet(Path(settings["weights"].partition(":")[2]))
-    result = task.trained(method=method, network=network, watch=glimpses)
+    result, early = glimpsed(SETTING, task, method, network)
     about = {key: settings[key] for key in ("choice", "reconstruct", "seed")}
     found = {
         "widths": list(result.widths.values()), "macs": result.macs, "accuracy": result.accuracy, "loss": result.loss,
-        "early": glimpses.seen, "part": result.part, "epochs": result.epochs,
+        "early": early, "part": result.part, "epochs": result.epochs,
         "cpu_seconds": round(result.cpu_seconds, 2),
     }  # fmt: skip
     return Outcome(records=[about | found], raw=[])

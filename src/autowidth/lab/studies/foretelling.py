@@ -37,11 +37,10 @@ from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import Record
 from autowidth.lab.data import ImageSet
 from autowidth.lab.loop_parts import evaluate
-from autowidth.lab.prepare import load_images
 from autowidth.lab.removing import LOSS, seen, with_precise_norms
-from autowidth.lab.studies.published import as_published, published_resnet
-from autowidth.lab.studies.shape_settings import SETTINGS, training_of, uniform_shape
-from autowidth.lab.studies.shapes import GLIMPSED, OWN
+from autowidth.lab.studies.published import published_resnet
+from autowidth.lab.studies.shape_settings import SETTINGS, uniform_shape
+from autowidth.lab.studies.shapes import GLIMPSED, OWN, task_of
 from autowidth.lab.studies.widths import Shape, distance
 from autowidth.lab.tables import markdown
 from autowidth.review.profit import profits
@@ -219,8 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shapes = trained(records, setting)
         quantities = [recorded(setting, shape) for shape in shapes]
         if SETTINGS[setting].published and asked.weights and asked.data:
-            images = as_published(load_images(training_of(setting, asked.data, seed=0)))
-            cutting = Cutting(published_resnet(asked.weights), images)
+            cutting = Cutting(published_resnet(asked.weights), task_of(setting, asked.data, seed=0).images)
             quantities = [of | cutting.foretold(tuple(s["widths"])) for of, s in zip(quantities, shapes, strict=True)]
         found = agreements(quantities, [shape["accuracy"] for shape in shapes])
         written += [{"setting": setting, "shapes": len(shapes), **of} for of in found]

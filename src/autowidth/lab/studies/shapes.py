@@ -23,7 +23,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from autowidth.engine import AutoWidth
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, bench, logged, nameless, write_whole
@@ -45,7 +46,7 @@ from autowidth.lab.studies.shape_settings import SETTINGS, Setting, is_ours, spa
 from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import Surrogate, proposals
 from autowidth.lab.studies.widths import Shape, Space, log_widths, random_direction, structured
-from autowidth.policy import Budget, Limits, Never, Schedule
+from autowidth.policy import Budget, Limits, Never, Policy, Schedule
 
 ROUND = 15
 """Shapes that the model proposes at a time."""
@@ -269,21 +270,32 @@ def unit_of(name: str, trial: Trial, data: str, *, epochs: int | None = None, we
 def measure(settings: Mapping[str, Any]) -> Outcome:
     """Trains one shape: the work of one unit. A record for every part that it is measured on."""
     name = settings["setting"]
-    training = training_of(name, settings["data"], settings["seed"], settings["epochs"])
-    task = Task(settings=training, macs=SETTINGS[name].macs, images=load_images(training))
+    task = task_of(name, settings["data"], settings["seed"], settings["epochs"])
     widths = dict(zip(space_of(name).cost.names, settings["widths"], strict=bool(settings["widths"])))
+    policy: Policy = Never()
     if SETTINGS[name].published:
-        task = replace(task, images=as_published(task.images))
-    glimpses = Glimpses(SETTINGS[name], task)
-    if SETTINGS[name].published:
-        network = published_resnet(Path(settings["weights"].partition(":")[2]))
         policy = ToShape(widths=widths) if widths else _by_default(task.macs)
-        result = task.trained(method=Method(policy=policy), network=network, watch=glimpses)
+        network = published_resnet(Path(settings["weights"].partition(":")[2]))
     else:
         network = fresh_network(task, lambda _: widths)
-        result = task.trained(method=Method(policy=Never()), network=network, watch=glimpses)
-    records = [{**_record(settings, task, result, part), "early": glimpses.seen} for part in settings["parts"]]
-    return Outcome(records=records, raw=[])
+    result, early = glimpsed(name, task, Method(policy=policy), network)
+    return Outcome(
+        records=[{**_record(settings, task, result, part), "early": early} for part in settings["parts"]], raw=[]
+    )
+
+
+def task_of(name: str, data: str, seed: int, epochs: int | None = None) -> Task:
+    """The training of a setting, with its images loaded."""
+    training = training_of(name, data, seed, epochs)
+    images = load_images(training)
+    images = as_published(images) if SETTINGS[name].published else images
+    return Task(settings=training, macs=SETTINGS[name].macs, images=images)
+
+
+def glimpsed(name: str, task: Task, method: Method, network: nn.Module) -> tuple[Result, list[dict[str, float]]]:
+    """Trains the network, and what `Glimpses` saw of it."""
+    glimpses = Glimpses(SETTINGS[name], task)
+    return task.trained(method=method, network=network, watch=glimpses), glimpses.seen
 
 
 def _by_default(macs: float) -> Budget:
