@@ -22,7 +22,6 @@ from autowidth.cli.shrink import _display as shrink_display
 from autowidth.lab.data import load
 from autowidth.lab.evaluating import evaluate_run
 from autowidth.lab.loop_parts import cpu_threads, evaluate
-from autowidth.lab.models import build
 from autowidth.lab.saved import open_run
 from autowidth.lab.settings import settings_of
 from autowidth.lab.shrinking import HoldoutError, Shrunk, shrink
@@ -34,6 +33,7 @@ from autowidth.policy import BudgetError
 from autowidth.review.batches import ProbeError, of_pairs
 from autowidth.review.state import corrected_norms, norm_shifts
 from autowidth.review.untrained import ShrinkError, reviews_for, untrained
+from small_run import trained_on
 from test_cli import called, program
 
 PUBLISHED = os.environ.get("PUBLISHED_CIFAR10")
@@ -44,15 +44,7 @@ X = torch.zeros(2, 1, 8, 8)
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
     """A ResNet-8 of half the width that tells digits apart, in evaluation mode."""
-    torch.manual_seed(0)
-    network = build("resnet8", in_channels=1, width=0.5)
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    for _ in range(8):
-        for x, y in DIGITS.training_batches(64, seed=0):
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), y).backward()
-            optimizer.step()
-    return network.eval()
+    return trained_on(DIGITS, width=0.5, epochs=8).eval()
 
 
 def accuracy(network: nn.Module) -> float:

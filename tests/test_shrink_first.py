@@ -16,10 +16,10 @@ from autowidth.boundaries import LoopError
 from autowidth.history import Event
 from autowidth.lab.data import load
 from autowidth.lab.loop import train
-from autowidth.lab.models import build
 from autowidth.lab.settings import settings_of
 from autowidth.review.batches import ProbeError
 from autowidth.review.untrained import ShrinkError
+from small_run import trained_on
 
 DIGITS = load("digits")
 X = torch.zeros(2, 1, 8, 8)
@@ -29,15 +29,7 @@ AT_ONCE = aw.Budget(macs=0.6, schedule=aw.Schedule(count=0))
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
     """A ResNet-8 of a quarter of the width that tells digits apart."""
-    torch.manual_seed(0)
-    network = build("resnet8", in_channels=1, width=0.25)
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    for _ in range(6):
-        for x, y in DIGITS.training_batches(64, seed=0):
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), y).backward()
-            optimizer.step()
-    return network
+    return trained_on(DIGITS, width=0.25, epochs=6)
 
 
 def batches(count: int = 6) -> list[tuple[Tensor, Tensor]]:
@@ -83,6 +75,17 @@ def test_it_ends_at_the_budget_and_training_goes_on_from_there(trained: nn.Modul
     steps(network, optimizer, engine, 4)
     assert engine.widths == widths and len(engine.history) == 4 and not alike(network, before)
     assert "4 of 4 reviews" in repr(engine)
+
+
+def test_a_backward_pass_through_a_graph_from_before_is_refused(trained: nn.Module) -> None:
+    network, optimizer, engine = attached(trained.train())
+    (x, y), *_ = batches(1)
+    with torch.autocast("cpu", torch.bfloat16):  # its graph keeps copies of weights
+        loss = F.cross_entropy(network(x), y)
+    engine.shrink(reviews=1)
+    with pytest.raises(LoopError, match="which has changed the widths"):
+        loss.backward()
+    steps(network, optimizer, engine, 1)
 
 
 def test_labels_do_not_count(trained: nn.Module) -> None:
