@@ -13,7 +13,7 @@ from rich.table import Table
 
 from autowidth.cost import macs_cost
 from autowidth.history import Event
-from autowidth.lab.policies import reviewed
+from autowidth.lab.policies import reviewed, shrinks_first
 from autowidth.lab.result import Kept, Progress, Result
 from autowidth.lab.settings import Settings
 from autowidth.report.words import decided, reason_for_no_removal
@@ -146,10 +146,11 @@ def _fine_tuning(settings: Settings) -> str:
         return ""
     schedule, limits = getattr(settings.policy, "schedule", None), getattr(settings.policy, "limits", None)
     reviews = "no reviews"
-    if reviewed(settings.policy) and schedule is not None and limits is not None:
+    if shrinks_first(settings.policy):
+        reviews = "made smaller before the first step"
+    elif reviewed(settings.policy) and schedule is not None and limits is not None:
         inserted = "insertion allowed" if limits.offer else "nothing inserted"
         reviews = f"{schedule.count} reviews from {schedule.begin:.0%} to {schedule.end:.0%} of the run, {inserted}"
-        reviews = reviews if schedule.count else "made smaller before the first step"
     rate = f"{settings.optimizer}, learning rate {settings.lr:g} ({settings.schedule})"
     return f"fine-tuning: {rate}, {settings.epochs} epochs, {reviews}"
 

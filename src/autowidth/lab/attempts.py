@@ -332,13 +332,12 @@ class _Row:
         """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
         settings, number = self.settings, self._trained + 1
         count = min(max(self._each * epochs // EVERY, FEWEST), MANY)
-        schedule = Schedule(count=count, begin=0.0, end=END)
-        if settings.weights is not None:  # what was brought is cut before it is shaken (docs/decisions/016)
-            schedule = Schedule(**AT_ONCE)
+        brought = settings.weights is not None  # and is cut before it is shaken (docs/decisions/016)
+        schedule = Schedule(**AT_ONCE) if brought else Schedule(count=count, begin=0.0, end=END)
         policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
         self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
-        rate = settings.lr * (1.0 if settings.weights is not None else rate_for(aim))
+        rate = settings.lr * (1.0 if brought else rate_for(aim))
         changes = {
             "policy": policy, "effort": self._effort(whole, count), "epochs": epochs, "schedule": "cosine",
             "cycles": 1, "lr": rate, "weights": None,

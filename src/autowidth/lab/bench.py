@@ -44,6 +44,8 @@ from autowidth.version import __version__
 Array: TypeAlias = NDArray[np.float64]
 Record: TypeAlias = dict[str, Any]
 
+_log = logging.getLogger(__name__)
+
 
 class BenchError(AutoWidthError, ValueError):
     """A suite that cannot be run as asked, or results that do not belong together."""
@@ -110,10 +112,8 @@ def _silent(standing: Standing) -> None:
 def logged(standing: Standing) -> None:
     """Logs a unit that ended just now; for `report`."""
     if standing.seconds is not None:
-        logger.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
+        _log.info("%d of %d: %s, %.0f s", standing.done, standing.total, standing.unit, standing.seconds)
 
-
-logger = logging.getLogger(__name__)
 
 Spread: TypeAlias = Callable[[Suite, Sequence[Unit], Path], Iterator[tuple[Unit, float]]]
 """What runs units somewhere, and yields each with its seconds when its file is in the folder."""
