@@ -11,13 +11,16 @@ from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.models import build
 from autowidth.lab.studies.filters import CHOICES, filters, table
 from autowidth.lab.studies.shape_settings import SETTINGS, space_of, uniform_shape
+from autowidth.lab.studies.shapes import cut, task_of
 from autowidth.review.batches import of_pairs
 from autowidth.trace import trace
+
+X = torch.zeros(2, 1, 8, 8)
 
 
 def record(choice: str, accuracy: float, *, reconstruct: bool = True, seed: int = 0) -> dict[str, Any]:
     """A record of the study."""
-    early = [{"step": 1, "loss": 1 - accuracy}, {"step": 11, "loss": 0.25}]
+    early = [{"step": 0, "loss": 1 - accuracy}, {"step": 10, "loss": 0.25}]
     return {"choice": choice, "reconstruct": reconstruct, "seed": seed, "accuracy": accuracy, "early": early}
 
 
@@ -33,7 +36,7 @@ def test_every_choice_is_a_unit_with_and_without_reconstruction_and_all_are_of_o
 
 def test_the_measure_that_is_turned_round_ranks_the_other_way() -> None:
     network = build("resnet8", num_classes=10, in_channels=1)
-    channel_map = trace(network, torch.zeros(2, 1, 8, 8))
+    channel_map = trace(network, X)
     turned = CHOICES["l1, the greatest leave"]
     assert turned is not None
     asked: Any = (network, channel_map, [], of_pairs(F.cross_entropy))
@@ -41,6 +44,26 @@ def test_the_measure_that_is_turned_round_ranks_the_other_way() -> None:
     back = turned(*asked, generator=torch.Generator())
     assert there.keys() == back.keys() == channel_map.widths.keys()
     assert all(torch.equal(there[name], -back[name]) for name in there)
+
+
+def test_a_choice_cuts_to_the_widths_that_are_asked_for() -> None:
+    """The weights that stay are those that were there, unless readers are reconstructed, and large ones if so asked."""
+    task, inner = task_of("resnet8-digits", "digits", 0), "stages.0.0.second.conv.weight"
+
+    def weights(choice: str, *, reconstruct: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        network = build("resnet8", num_classes=10, in_channels=1).eval()
+        widths = {name: width // 2 for name, width in trace(network, X).widths.items()}
+        cut(network, widths, task, importance=CHOICES[choice], reconstruct=reconstruct)
+        assert trace(network, X).widths == widths
+        return network.get_parameter(inner).detach()
+
+    torch.manual_seed(0)
+    before = build("resnet8", num_classes=10, in_channels=1).get_parameter(inner)
+    large, small = (weights(choice, reconstruct=False) for choice in ("l1", "l1, the greatest leave"))
+    assert torch.isin(large, before).all() and torch.isin(small, before).all()
+    assert large.abs().mean() > small.abs().mean()
+    assert not torch.isin(weights("l1", reconstruct=True), before).all()
 
 
 def test_the_table_puts_the_best_end_first_and_seeds_together() -> None:

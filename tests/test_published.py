@@ -19,7 +19,7 @@ from autowidth.lab.settings import settings_from
 from autowidth.lab.studies.published import MEAN, ToShape, as_published, published_resnet
 from autowidth.lab.studies.shape_settings import is_ours
 from autowidth.lab.weights import WeightsError
-from autowidth.policy import Costs, GroupReport, Situation
+from autowidth.policy import Costs, GroupReport, Schedule, Situation
 from autowidth.trace import trace
 
 
@@ -119,6 +119,18 @@ def test_removal_ends_at_the_shape() -> None:
     assert {name: len(index_map.removed) for name, index_map in event.maps.items()} == {
         name: width - widths[name] for name, width in found.widths_start.items()
     }
+
+
+def test_a_shape_is_reached_in_as_many_reviews_as_the_schedule_has() -> None:
+    settings = settings_from({"model": "resnet8", "data": "digits", "epochs": 1, "threads": 1})
+    schedule = Schedule(count=3, begin=0.0, end=1.0)
+    network = build("resnet8", in_channels=1)
+    whole = trace(network, torch.zeros(2, 1, 8, 8)).widths
+    widths = {name: max(width // 4, 2) for name, width in whole.items()}
+    found = train(settings, method=Method(policy=ToShape(widths=widths, schedule=schedule)), network=network)
+    assert found.widths == widths and found.reviews == 3
+    first, second, last = (event.widths for event in found.history)
+    assert all(whole[n] > first[n] > second[n] > last[n] for n in widths)
 
 
 def test_widths_that_are_not_there_are_refused_before_training() -> None:

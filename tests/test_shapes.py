@@ -290,11 +290,16 @@ def test_one_shape_is_trained_by_the_command_and_not_again(tmp_path: Path) -> No
     assert 0.24 <= record["macs"] / record["macs_dense"] <= 0.25
     assert "--widths " + widths in json.loads(file.read_text())["command"]
     steps = [look["step"] for look in record["early"]]
-    assert steps == sorted(steps) and len(steps) == 3 and all(0 < look["loss"] < 5 for look in record["early"])
+    assert (
+        steps == sorted(steps)
+        and steps[0] == 0
+        and len(steps) == 4
+        and all(0 < look["loss"] < 5 for look in record["early"])
+    )
 
 
 def test_published_weights_are_looked_at_right_after_the_cut_and_fresh_ones_at_shares_of_the_run() -> None:
-    assert SETTINGS["resnet20-published"].early(312) == (1, 11, 51, 201)
-    assert SETTINGS["resnet20-published"].early(51) == (1, 11)
+    assert SETTINGS["resnet20-published"].early(312) == (1, 10, 50, 200)
+    assert SETTINGS["resnet20-published"].early(50) == (1, 10)
     assert SETTINGS["resnet20-mini"].early(1000) == (100, 300, 600)
     assert SETTINGS["resnet20-mini"].early(2) == (1,)

@@ -24,10 +24,11 @@ from autowidth.channels import ChannelMap
 from autowidth.lab.baselines import IMPORTANCES
 from autowidth.lab.bench import Outcome, Record, Suite, Unit, bench, logged, nameless
 from autowidth.lab.loop import Method
-from autowidth.lab.studies.published import ToShape, published_resnet
+from autowidth.lab.studies.published import published_resnet
 from autowidth.lab.studies.shape_settings import SETTINGS, space_of, uniform_shape
-from autowidth.lab.studies.shapes import SEEDS, glimpsed, task_of
+from autowidth.lab.studies.shapes import SEEDS, cut, glimpsed, task_of
 from autowidth.lab.tables import markdown, spread
+from autowidth.policy import Never
 from autowidth.review.batches import Batches, Loss
 from autowidth.review.review import Importance
 
@@ -79,11 +80,9 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
     """Cuts by one choice and trains on: the work of one unit."""
     task = task_of(SETTING, settings["data"], settings["seed"], settings["train"]["epochs"])
     widths = dict(zip(space_of(SETTING).cost.names, settings["widths"], strict=True))
-    method = Method(
-        policy=ToShape(widths=widths), importance=CHOICES[settings["choice"]], reconstruct=settings["reconstruct"]
-    )  # fmt: skip
     network = published_resnet(Path(settings["weights"].partition(":")[2]))
-    result, early = glimpsed(SETTING, task, method, network)
+    cut(network, widths, task, importance=CHOICES[settings["choice"]], reconstruct=settings["reconstruct"])
+    result, early = glimpsed(SETTING, task, Method(policy=Never()), network)
     about = {key: settings[key] for key in ("choice", "reconstruct", "seed")}
     found = {
         "widths": list(result.widths.values()), "macs": result.macs, "accuracy": result.accuracy, "loss": result.loss,
@@ -108,7 +107,7 @@ def table(records: Sequence[Record]) -> str:
         for (choice, reconstruct), found in sorted(mine.items(), key=lambda of: _mean(of[1]), reverse=True)
     ]
     headings = (
-        "filters stay by", "readers reconstructed", *(f"loss {step - 1} steps after the cut" for step in steps),
+        "filters stay by", "readers reconstructed", *(f"loss {step} steps after the cut" for step in steps),
         "held-out accuracy at the end %",
     )  # fmt: skip
     return f"# Which filters of a layer stay\n\n{markdown(headings, rows)}\n"

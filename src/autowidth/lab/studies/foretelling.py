@@ -93,10 +93,7 @@ def recorded(setting: str, record: Record) -> dict[str, float]:
         "nearness to uniform width": -distance(widths, uniform_shape(setting)),
     }
     after = "the cut" if SETTINGS[setting].published else "the start"
-    first = 1 if SETTINGS[setting].published else 0
-    return found | {
-        f"loss {step - first} steps after {after}": -loss for step, loss in record["early"].items()
-    }  # fmt: skip
+    return found | {f"loss {step} steps after {after}": -loss for step, loss in record["early"].items()}
 
 
 # ---- what can be computed from trained weights -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from autowidth.lab.data import ImageSet
 from autowidth.lab.models import build
 from autowidth.lab.scaling import IMAGENET
 from autowidth.lab.weights import load_weights_
-from autowidth.policy import Decision, Limits, Situation, Start, Unit
+from autowidth.policy import Decision, Limits, Schedule, Situation, Start, Unit
 
 MEAN, STD = IMAGENET.mean, IMAGENET.std
 """What pixels (0 to 1) were normalised by when the published weights were trained."""
@@ -40,9 +40,14 @@ def as_published(images: ImageSet) -> ImageSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToShape:
-    """Removes the filters of least worth down to these widths, by channel group, after the first step; then nothing."""
+    """Removes the filters of least worth down to these widths, by channel group; then nothing.
+
+    At the reviews of the schedule, each of which takes the same share of what every group still has beyond its width;
+    without one, after the first step.
+    """
 
     widths: Mapping[str, int]
+    schedule: Schedule = field(default_factory=lambda: Schedule(count=0))
     limits: Limits = field(default_factory=lambda: Limits(grace=0, trial_share=0.0, offer=0.0))
 
     @property
@@ -60,14 +65,16 @@ class ToShape:
                 raise ValueError(f"width {width} of {name}: allowed are 1 to {start.widths.get(name, 0)}")
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
-        """The first step."""
-        return (1,)
+        """The steps of the schedule, or the first one."""
+        return self.schedule.reviews(total_steps) or (1,)
 
     def decide(self, situation: Situation) -> Decision:
-        """The removals that lead to the shape."""
+        """The removals that lead to the shape, or as near to it as there are reviews to come."""
+        left = sum(step >= situation.step for step in self.reviews(situation.total_steps))
         plan = {}
         for report in situation.groups:
-            gone = report.judged[: report.width - self.widths[report.name]]
+            width = round(report.width * (self.widths[report.name] / report.width) ** (1 / left))
+            gone = report.judged[: report.width - width]
             if gone:
                 plan[report.name] = IndexMap.removing(gone, report.width)
         return Decision(plan=plan)

@@ -25,8 +25,8 @@ class Setting:
 
     train: settings of every training, `epochs` among them; choice: what sets held-out images apart from the training
     images; image: the shape of one image; macs: the upper end of the band, as a share of the dense MACs; most: the
-    largest width, as a multiple of the dense one; published: whether shapes are cut out of published weights, after the
-    first step, and fine-tuned, instead of being trained from fresh ones.
+    largest width, as a multiple of the dense one; published: whether shapes are cut out of published weights and
+    fine-tuned, instead of being trained from fresh ones.
     """
 
     model: str
@@ -38,11 +38,11 @@ class Setting:
     published: bool = False
 
     def early(self, total_steps: int) -> tuple[int, ...]:
-        """The steps after which a training is looked at before its end.
+        """The steps after which a training is looked at before its end, and before its start.
 
-        Published weights: 0, 10, 50 and 200 steps of recovery from the cut; fresh ones: 10, 30 and 60 % of the run.
+        Published weights: 1, 10, 50 and 200 steps of recovery from the cut; fresh ones: 10, 30 and 60 % of the run.
         """
-        steps = (1, 11, 51, 201) if self.published else tuple(round(part * total_steps) for part in (0.1, 0.3, 0.6))
+        steps = (1, 10, 50, 200) if self.published else tuple(round(part * total_steps) for part in (0.1, 0.3, 0.6))
         return tuple(sorted({step for step in steps if 0 < step < total_steps}))
 
 

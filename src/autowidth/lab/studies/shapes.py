@@ -35,9 +35,9 @@ from torch import nn
 
 from autowidth.engine import AutoWidth
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, bench, logged, nameless, write_whole
-from autowidth.lab.fine_tuning import AT_ONCE, LIMITS
+from autowidth.lab.fine_tuning import AT_ONCE, LIMITS, LOOKED_AT
 from autowidth.lab.loop import Method
-from autowidth.lab.loop_parts import evaluate, evaluated_at_once
+from autowidth.lab.loop_parts import augmented_batches, evaluate, evaluated_at_once
 from autowidth.lab.methods import Task, fresh_network
 from autowidth.lab.prepare import load_images
 from autowidth.lab.result import Result
@@ -47,6 +47,11 @@ from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import Surrogate, proposals
 from autowidth.lab.studies.widths import Shape, Space, log_widths, random_direction, structured
 from autowidth.policy import Budget, Limits, Never, Policy, Schedule
+from autowidth.review.answers import answers_loss
+from autowidth.review.batches import of_pairs
+from autowidth.review.review import Importance
+from autowidth.review.untrained import STEPS, review_, reviews_for, untrained
+from autowidth.shrink import answered, reviewer_of
 
 ROUND = 15
 """Shapes that the model proposes at a time."""
@@ -272,10 +277,11 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
     name = settings["setting"]
     task = task_of(name, settings["data"], settings["seed"], settings["epochs"])
     widths = dict(zip(space_of(name).cost.names, settings["widths"], strict=bool(settings["widths"])))
-    policy: Policy = Never()
+    policy: Policy = Never() if widths else _by_default(task.macs)
     if SETTINGS[name].published:
-        policy = ToShape(widths=widths) if widths else _by_default(task.macs)
         network = published_resnet(Path(settings["weights"].partition(":")[2]))
+        if widths:
+            cut(network, widths, task)
     else:
         network = fresh_network(task, lambda _: widths)
     result, early = glimpsed(name, task, Method(policy=policy), network)
@@ -293,8 +299,9 @@ def task_of(name: str, data: str, seed: int, epochs: int | None = None) -> Task:
 
 
 def glimpsed(name: str, task: Task, method: Method, network: nn.Module) -> tuple[Result, list[dict[str, float]]]:
-    """Trains the network, and what `Glimpses` saw of it."""
+    """Trains the network, and what `Glimpses` saw of it, first before the first step."""
     glimpses = Glimpses(SETTINGS[name], task)
+    glimpses.look(network, 0)
     return task.trained(method=method, network=network, watch=glimpses), glimpses.seen
 
 
@@ -303,10 +310,26 @@ def _by_default(macs: float) -> Budget:
     return Budget(macs=macs, schedule=Schedule(**AT_ONCE), limits=Limits(**LIMITS))
 
 
+def cut(
+    network: nn.Module, widths: Mapping[str, int], task: Task, *, importance: Importance | None = None,
+    reconstruct: bool = True,
+) -> None:  # fmt: skip
+    """Brings the network to these widths as a run by default would: in as many steps, by what it answers."""
+    seed, together = task.settings.seed, evaluated_at_once(task.settings, task.images)
+    reviewer = reviewer_of(
+        network, example_inputs=torch.zeros(2, *task.images.image_shape), loss=of_pairs(answers_loss),
+        batches=answered(network, augmented_batches(task.images, seed, together), seed), effort=LOOKED_AT,
+        policy=untrained(ToShape(widths=widths), reviews_for(_by_default(task.macs))), norms="corrected", seed=seed,
+    )  # fmt: skip
+    reviewer.importance, reviewer.reconstruct = importance, reconstruct
+    for step in reviewer.policy.reviews(STEPS):
+        review_(reviewer, step)
+
+
 class Glimpses:
     """What looks at a training before its end: the loss on the first held-out images, as it is then.
 
-    seen: a dictionary for every look, with `step`, counted from 1, and `loss`, nats per image.
+    seen: a dictionary for every look, with `step`, 0 before the first one, and `loss`, nats per image.
     """
 
     def __init__(self, setting: Setting, task: Task) -> None:
@@ -315,9 +338,13 @@ class Glimpses:
     def __call__(self, engine: AutoWidth) -> None:
         """Looks, where this step is one of those that the setting names."""
         if engine.steps in self.setting.early(engine.total_steps):
-            batches = islice(self.task.images.plain_batches("held_out", GLIMPSED // 4), 4)
-            _, loss = evaluate(engine.model, batches, _layout(self.task))
-            self.seen.append({"step": engine.steps, "loss": loss})
+            self.look(engine.model, engine.steps)
+
+    def look(self, network: nn.Module, step: int) -> None:
+        """Notes the loss of the network at this step."""
+        batches = islice(self.task.images.plain_batches("held_out", GLIMPSED // 4), 4)
+        _, loss = evaluate(network, batches, _layout(self.task))
+        self.seen.append({"step": step, "loss": loss})
 
 
 def _layout(task: Task) -> torch.memory_format:
