@@ -5,8 +5,8 @@ The order of events (docs/decisions/014):
     train the whole network, as if nobody wanted it smaller: the reference      # or take the weights that were brought
     while there is time for an attempt:
         a share of the MACs that may do            # guessed from the loss at first, then from what became of the last
-        train a copy on for a part of the epochs, from a part of the peak rate down, taught by the reference as well
-        on the way, early, remove filters in steps, down to that share
+        remove filters of a copy in steps, down to that share, by what it answers: before its first step
+        train it on for a part of the epochs, from a part of the peak rate down, taught by the reference as well
         judge: no worse than the reference by more than is tolerated?           # never on test images
             yes: the next attempt starts from here;  no: it starts from where this one did
     what was kept last is the result, beside the accuracy of the reference
@@ -51,7 +51,7 @@ from autowidth.layers import layers_of
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
 from autowidth.review.effort import Effort
 from autowidth.review.review import Reviewer
-from autowidth.review.untrained import STEPS, review_
+from autowidth.review.untrained import AUDIT, PROBE, STEPS, review_
 from autowidth.trace import trace
 
 JUDGED = 500
@@ -76,16 +76,8 @@ TEACHER = 1 / 3
 REVIEWS = 0.04
 """What the reviews of an attempt take, as a share of the time of the whole network."""
 
-MANY, FEWEST, END, EVERY = 6, 2, 0.3, 40
-"""When an attempt removes filters: in six steps up to three tenths of it, between which the network recovers, or in
-fewer where it is short, one for every forty optimizer steps and two at least (docs/decisions/014)."""
-
-LOOK = (256, 128)
-"""Samples for the probe and for trials of a review of an attempt, at least: so much is removed by so few reviews that
-64 of each cost a small network eight points more, whatever time they save."""
-
-UNHINDERED = 1e9
-"""Nats that a plan may cost beyond what was foretold: the judgement at the end decides, no review before it."""
+LOOK = Effort(probe_samples=PROBE, audit_samples=AUDIT)
+"""What a review of an attempt looks at: on the digits a quarter of it cuts too badly (docs/decisions/014)."""
 
 
 def epochs_for(share: float, time: float, epochs: int) -> int:
@@ -331,16 +323,13 @@ class _Row:
     def _attempt(self, start: Result, aim: float, epochs: int, whole: Result) -> Result | None:
         """A copy of the network, narrowed to this share of its MACs and trained on; None where it cannot get there."""
         settings, number = self.settings, self._trained + 1
-        count = min(max(self._each * epochs // EVERY, FEWEST), MANY)
-        brought = settings.weights is not None  # and is cut before it is shaken (docs/decisions/016)
-        schedule = Schedule(**AT_ONCE) if brought else Schedule(count=count, begin=0.0, end=END)
-        policy = Budget(macs=aim, schedule=schedule, limits=self._limits())
+        policy = Budget(macs=aim, schedule=Schedule(**AT_ONCE), limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
         self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
-        rate = settings.lr * (1.0 if brought else rate_for(aim))
+        rate = settings.lr * (1.0 if settings.weights is not None else rate_for(aim))
         changes = {
-            "policy": policy, "effort": self._effort(whole, count), "epochs": epochs, "schedule": "cosine",
-            "cycles": 1, "lr": rate, "weights": None,
+            "policy": policy, "effort": settings.effort or LOOK, "epochs": epochs, "schedule": "cosine", "cycles": 1,
+            "lr": rate, "weights": None,
             "looks": settings.looks and max(1, round(settings.looks * epochs / settings.epochs)),
         }  # fmt: skip
         method = Method(policy=policy, teacher=whole.network)
@@ -350,24 +339,10 @@ class _Row:
             self.course.say(f"attempt {number} was not made: {error}")
             return None
 
-    def _effort(self, whole: Result, reviews: int) -> Effort:
-        """How much a review of an attempt looks at: what is not given fits the whole network's training, or is LOOK."""
-        settings = self.settings
-        samples = self._each * settings.epochs * settings.batch_size
-        groups = len(whole.channel_map.groups)
-        fitted = (settings.effort or Effort()).fitted(samples, reviews, groups=groups, share=REVIEWS)
-        own, (probe, audit) = settings.effort or Effort(), LOOK
-        return Effort(
-            probe_samples=own.probe_samples or max(fitted.probe_samples, probe),
-            audit_samples=max(fitted.audit_samples, audit) if own.audit_samples is None else own.audit_samples,
-            audit_filters=fitted.audit_filters,
-        )
-
     def _limits(self) -> Limits:
-        """What reviews of an attempt may do: as the user's policy has it, but nothing holds up or inserts."""
+        """What reviews of an attempt may do: as the user's policy has it; the judgement at the end decides the rest."""
         own = getattr(self.settings.policy, "limits", None)
-        limits = own if isinstance(own, Limits) else Limits()
-        return replace(limits, offer=0.0, max_move=1.0, tolerance=UNHINDERED)
+        return own if isinstance(own, Limits) else Limits()
 
     def _judged(self, found: Result, reference: Evidence, aim: float, epochs: int, whole: Result) -> bool:
         """Whether what was found stays; says so."""

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import typer
 
-from autowidth.lab.attempts import END, MANY, UNHINDERED
 from autowidth.lab.data import ImageSet
 from autowidth.lab.judging import Judge, difference, seen
 from autowidth.lab.loop import Method, train
@@ -38,14 +37,15 @@ HELD_OUT = 5000
 class Layout:
     """An attempt.
 
-    aim: the share of the MACs that it ends at. count, end: its reviews, and the share of it by which they are over.
+    aim: the share of the MACs that it ends at. count, end: its reviews, and the share of it by which they are over; no
+    reviews: it is made smaller before its first step, as attempts are.
     epochs, rate: as shares of those of the whole network. probe, audit: samples that a review looks at. taught: the
     share of the teacher in the loss. diminishing: as in `Limits`.
     """
 
     aim: float = 0.5
-    count: int = MANY
-    end: float = END
+    count: int = 6
+    end: float = 0.3
     epochs: float = 0.3
     rate: float = 0.4
     probe: int = 512
@@ -55,6 +55,9 @@ class Layout:
 
 
 LAYOUT = Layout()
+
+UNHINDERED = 1e9
+"""Nats that a plan may cost beyond what was foretold: the judgement at the end decides, no review before it."""
 
 
 def layouts(text: str) -> list[Layout]:
