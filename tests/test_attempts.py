@@ -25,7 +25,7 @@ from autowidth.engine import AutoWidth
 from autowidth.lab import attempts
 from autowidth.lab.attempts import EACH, epochs_for, train_kept
 from autowidth.lab.data import digits
-from autowidth.lab.guessing import HEALING, LARGEST, SMALLEST, WON_BACK, first_share, healed_share, may_be_won_back
+from autowidth.lab.guessing import FIRST, HEALING, SMALLEST, WON_BACK, first_share, healed_share, may_be_won_back
 from autowidth.lab.judging import Judge, difference, seen, varied
 from autowidth.lab.keeping import TRAINING, Interrupted
 from autowidth.lab.loop import train
@@ -74,7 +74,7 @@ def whole() -> nn.Module:
 
 @given(st.floats(0, 10), st.floats(0, 1), st.floats(0, 1))
 def test_more_may_go_where_more_may_be_lost_and_less_is_at_stake(loss: float, allowed: float, more: float) -> None:
-    assert SMALLEST <= first_share(loss, allowed + more) <= first_share(loss, allowed) <= LARGEST
+    assert SMALLEST <= first_share(loss, allowed + more) <= first_share(loss, allowed) <= FIRST
     assert first_share(loss, allowed) <= first_share(loss + more, allowed)
 
 
