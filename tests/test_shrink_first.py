@@ -65,7 +65,7 @@ def test_it_ends_at_the_budget_and_training_goes_on_from_there(trained: nn.Modul
     network, optimizer, engine = attached(trained.train())
     told: list[Event] = []
     modes = [module.training for module in network.modules()]
-    events = engine.shrink(report=told.append)
+    events = engine.shrink(report=told.append, reviews=4)
     assert list(events) == told == list(engine.history) and len(events) == 4
     assert {(event.step, event.total_steps) for event in events} == {(0, 4)}
     assert engine.macs <= 0.6 * engine.macs_start and aw.count_macs(network, X) == engine.macs
@@ -86,6 +86,12 @@ def test_a_backward_pass_through_a_graph_from_before_is_refused(trained: nn.Modu
     with pytest.raises(LoopError, match="which has changed the widths"):
         loss.backward()
     steps(network, optimizer, engine, 1)
+
+
+@pytest.mark.parametrize(("total_steps", "expected"), [(1, 2), (119, 2), (120, 3), (1000, 4)])
+def test_a_short_run_has_few_reviews_before_it(trained: nn.Module, total_steps: int, expected: int) -> None:
+    _, _, engine = attached(trained, total_steps=total_steps)
+    assert len(engine.shrink()) == expected and engine.macs <= 0.6 * engine.macs_start
 
 
 def test_labels_do_not_count(trained: nn.Module) -> None:
@@ -220,7 +226,7 @@ def test_a_run_from_weights_is_made_smaller_before_its_first_step(trained: nn.Mo
         report=lambda p: told.append((p.moment, p.step, p.macs / p.macs_start)),
     )
     reviews = [(step, share) for moment, step, share in told if moment == "review"]
-    assert len(reviews) == found.reviews == 4 and {step for step, _ in reviews} == {0}
+    assert len(reviews) == found.reviews == 2 and {step for step, _ in reviews} == {0}
     assert [share for _, share in reviews] == sorted((share for _, share in reviews), reverse=True)
     assert found.macs <= 0.6 * found.macs_start and found.accuracy_start is not None
     assert aw.read_run(tmp_path / "run").history().removed_total == found.removed > 0  # type: ignore[union-attr]
@@ -229,7 +235,7 @@ def test_a_run_from_weights_is_made_smaller_before_its_first_step(trained: nn.Mo
 def test_fewer_images_than_a_batch_are_enough(trained: nn.Module, tmp_path: Path) -> None:
     torch.save(trained.state_dict(), tmp_path / "w.pt")
     found = train(settings_of(short(weights=tmp_path / "w.pt", limit=40)))
-    assert found.macs <= 0.6 * found.macs_start and found.reviews == 4
+    assert found.macs <= 0.6 * found.macs_start and found.reviews == 2
 
 
 def test_a_schedule_that_is_given_is_kept(trained: nn.Module, tmp_path: Path) -> None:

@@ -331,8 +331,8 @@ class AutoWidth:
         (docs/decisions/016). Schedule(count=0) leaves the run itself without reviews.
 
         batches: training data as training sees them, augmented; None: the probe. reviews: in how many steps; None: one
-        for every tenth of the cost that goes, at least three. effort: what each looks at. `report` is called with each
-        event; all are in the history, as of step 0. Returns the events.
+        for every tenth of the cost that goes, at least three, fewer in a run of less than forty steps for each. effort:
+        what each looks at. `report` is called with each event; all are in the history, as of step 0. Returns them.
 
         Raises LoopError after the first step, ShrinkError for a policy without limits or schedule, ProbeError for
         batches without inputs and networks without scores of classes; what `review` raises.

@@ -51,7 +51,7 @@ from autowidth.layers import layers_of
 from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
 from autowidth.review.effort import Effort
 from autowidth.review.review import Reviewer
-from autowidth.review.untrained import AUDIT, PROBE, STEPS, review_
+from autowidth.review.untrained import AUDIT, PROBE, STEPS, STEPS_EACH, review_, reviews_for
 from autowidth.trace import trace
 
 JUDGED = 500
@@ -77,7 +77,8 @@ REVIEWS = 0.04
 """What the reviews of an attempt take, as a share of the time of the whole network."""
 
 LOOK = Effort(probe_samples=PROBE, audit_samples=AUDIT)
-"""What a review of an attempt looks at: on the digits a quarter of it cuts too badly (docs/decisions/014)."""
+"""What a review of an attempt looks at that has forty steps for each, and so the time for a good look: after eight of a
+quarter of it, half of the networks of the digits are taken back (docs/log/014)."""
 
 
 def epochs_for(share: float, time: float, epochs: int) -> int:
@@ -326,10 +327,11 @@ class _Row:
         policy = Budget(macs=aim, schedule=Schedule(**AT_ONCE), limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
         self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
+        has_time = self._each * epochs >= STEPS_EACH * reviews_for(policy)
         rate = settings.lr * (1.0 if settings.weights is not None else rate_for(aim))
         changes = {
-            "policy": policy, "effort": settings.effort or LOOK, "epochs": epochs, "schedule": "cosine", "cycles": 1,
-            "lr": rate, "weights": None,
+            "policy": policy, "effort": settings.effort or (LOOK if has_time else None), "epochs": epochs,
+            "schedule": "cosine", "cycles": 1, "lr": rate, "weights": None,
             "looks": settings.looks and max(1, round(settings.looks * epochs / settings.epochs)),
         }  # fmt: skip
         method = Method(policy=policy, teacher=whole.network)

@@ -23,6 +23,9 @@ STEPS = 1000
 FEWEST, EACH = 3, 0.1
 """Reviews where nobody says how many: one for every tenth of the cost that goes, and at least so many."""
 
+SHORT, STEPS_EACH = 2, 40
+"""Reviews before the first step of a run: no more than one for so many of its optimizer steps, but two in any case."""
+
 PROBE, AUDIT, FILTERS = 1024, 256, 4
 """Samples that score filters and samples for trials at every review, and filters that are ablated for an audit."""
 
@@ -70,6 +73,7 @@ def shrink_with(
 
     The reviewer is then as it was, with another network. Raises ShrinkError, ProbeError, PolicyError, BudgetError.
     """
+    reviews = reviews or min(reviews_for(reviewer.policy), max(total_steps // STEPS_EACH, SHORT))
     found, modes = list[Event](), {module: module.training for module in reviewer.model.modules()}
     history = reviewer.history
     with _at_rest(reviewer, untrained(reviewer.policy, reviews), batches, effort):
