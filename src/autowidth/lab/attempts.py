@@ -48,10 +48,10 @@ from autowidth.lab.saved import save_run
 from autowidth.lab.settings import Settings
 from autowidth.lab.shrinking import STEP, in_steps, reviewed
 from autowidth.layers import layers_of
-from autowidth.policy import Budget, BudgetError, Limits, Never, Schedule
+from autowidth.policy import Budget, BudgetError, Limits, Never, Policy, Schedule
 from autowidth.review.effort import Effort
 from autowidth.review.review import Reviewer
-from autowidth.review.untrained import AUDIT, PROBE, STEPS, STEPS_EACH, review_, reviews_for
+from autowidth.review.untrained import AUDIT, PROBE, STEPS, review_, reviews_for
 from autowidth.trace import trace
 
 JUDGED = 500
@@ -76,9 +76,9 @@ TEACHER = 1 / 3
 REVIEWS = 0.04
 """What the reviews of an attempt take, as a share of the time of the whole network."""
 
-LOOK = Effort(probe_samples=PROBE, audit_samples=AUDIT)
-"""What a review of an attempt looks at that has forty steps for each, and so the time for a good look: after eight of a
-quarter of it, half of the networks of the digits are taken back (docs/log/014)."""
+LOOK, LOOKING = Effort(probe_samples=PROBE, audit_samples=AUDIT), 0.3
+"""What a review of an attempt looks at, as `shrink_` does, where all take no more than this part of the attempt; a
+quarter of it elsewhere (docs/log/014)."""
 
 
 def epochs_for(share: float, time: float, epochs: int) -> int:
@@ -327,10 +327,9 @@ class _Row:
         policy = Budget(macs=aim, schedule=Schedule(**AT_ONCE), limits=self._limits())
         share, length = aim * start.macs / whole.macs, f"{epochs} epoch{'s' * (epochs != 1)}"
         self.course.say(f"attempt {number}: to {share:.0%} of the MACs, in {length} taught by the whole network")
-        has_time = self._each * epochs >= STEPS_EACH * reviews_for(policy)
         rate = settings.lr * (1.0 if settings.weights is not None else rate_for(aim))
         changes = {
-            "policy": policy, "effort": settings.effort or (LOOK if has_time else None), "epochs": epochs,
+            "policy": policy, "effort": self._effort(policy, epochs, whole), "epochs": epochs,
             "schedule": "cosine", "cycles": 1, "lr": rate, "weights": None,
             "looks": settings.looks and max(1, round(settings.looks * epochs / settings.epochs)),
         }  # fmt: skip
@@ -340,6 +339,13 @@ class _Row:
         except BudgetError as error:
             self.course.say(f"attempt {number} was not made: {error}")
             return None
+
+    def _effort(self, policy: Policy, epochs: int, whole: Result) -> Effort | None:
+        """How much a review of an attempt looks at: as given, or well where the attempt is long enough."""
+        samples, groups = self._each * epochs * self.settings.batch_size, len(whole.channel_map.groups)
+        fitted = Effort().fitted(samples, reviews_for(policy), groups=groups, share=LOOKING)
+        affordable = fitted.probe_samples >= PROBE and fitted.audit_samples >= AUDIT
+        return self.settings.effort or (LOOK if affordable else None)
 
     def _limits(self) -> Limits:
         """What reviews of an attempt may do: as the user's policy has it; the judgement at the end decides the rest."""
