@@ -42,12 +42,11 @@ def as_published(images: ImageSet) -> ImageSet:
 class ToShape:
     """Removes the filters of least worth down to these widths, by channel group; then nothing.
 
-    At the reviews of the schedule, each of which takes the same share of what every group still has beyond its width;
-    without one, after the first step.
+    At the reviews of the schedule, each of which narrows a group by one factor; as it stands, after the first step.
     """
 
     widths: Mapping[str, int]
-    schedule: Schedule = field(default_factory=lambda: Schedule(count=0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(count=1, begin=0.0, end=1.0))
     limits: Limits = field(default_factory=lambda: Limits(grace=0, trial_share=0.0, offer=0.0))
 
     @property
@@ -65,13 +64,13 @@ class ToShape:
                 raise ValueError(f"width {width} of {name}: allowed are 1 to {start.widths.get(name, 0)}")
 
     def reviews(self, total_steps: int) -> tuple[int, ...]:
-        """The steps of the schedule, or the first one."""
-        return self.schedule.reviews(total_steps) or (1,)
+        """The steps of the schedule."""
+        return self.schedule.reviews(total_steps)
 
     def decide(self, situation: Situation) -> Decision:
         """The removals that lead to the shape, or as near to it as there are reviews to come."""
-        left = sum(step >= situation.step for step in self.reviews(situation.total_steps))
-        plan = {}
+        standing, plan = self.schedule.standing(situation), {}
+        left = standing.count - standing.number + 1
         for report in situation.groups:
             width = round(report.width * (self.widths[report.name] / report.width) ** (1 / left))
             gone = report.judged[: report.width - width]

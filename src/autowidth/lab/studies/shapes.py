@@ -37,21 +37,19 @@ from autowidth.engine import AutoWidth
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, bench, logged, nameless, write_whole
 from autowidth.lab.fine_tuning import AT_ONCE, LIMITS, LOOKED_AT
 from autowidth.lab.loop import Method
-from autowidth.lab.loop_parts import augmented_batches, evaluate, evaluated_at_once
+from autowidth.lab.loop_parts import evaluate, evaluated_at_once
 from autowidth.lab.methods import Task, fresh_network
 from autowidth.lab.prepare import load_images
 from autowidth.lab.result import Result
+from autowidth.lab.shrinking import reviewed
 from autowidth.lab.studies.published import ToShape, as_published, published_resnet
 from autowidth.lab.studies.shape_settings import SETTINGS, Setting, is_ours, space_of, training_of, uniform_shape
 from autowidth.lab.studies.shapes_report import draw, table
 from autowidth.lab.studies.surrogate import Surrogate, proposals
 from autowidth.lab.studies.widths import Shape, Space, log_widths, random_direction, structured
 from autowidth.policy import Budget, Limits, Never, Policy, Schedule
-from autowidth.review.answers import answers_loss
-from autowidth.review.batches import of_pairs
 from autowidth.review.review import Importance
 from autowidth.review.untrained import STEPS, review_, reviews_for, untrained
-from autowidth.shrink import answered, reviewer_of
 
 ROUND = 15
 """Shapes that the model proposes at a time."""
@@ -277,11 +275,13 @@ def measure(settings: Mapping[str, Any]) -> Outcome:
     name = settings["setting"]
     task = task_of(name, settings["data"], settings["seed"], settings["epochs"])
     widths = dict(zip(space_of(name).cost.names, settings["widths"], strict=bool(settings["widths"])))
-    policy: Policy = Never() if widths else _by_default(task.macs)
+    policy: Policy = Never()
     if SETTINGS[name].published:
         network = published_resnet(Path(settings["weights"].partition(":")[2]))
         if widths:
             cut(network, widths, task)
+        else:
+            policy = _by_default(task.macs)
     else:
         network = fresh_network(task, lambda _: widths)
     result, early = glimpsed(name, task, Method(policy=policy), network)
@@ -315,12 +315,8 @@ def cut(
     reconstruct: bool = True,
 ) -> None:  # fmt: skip
     """Brings the network to these widths as a run by default would: in as many steps, by what it answers."""
-    seed, together = task.settings.seed, evaluated_at_once(task.settings, task.images)
-    reviewer = reviewer_of(
-        network, example_inputs=torch.zeros(2, *task.images.image_shape), loss=of_pairs(answers_loss),
-        batches=answered(network, augmented_batches(task.images, seed, together), seed), effort=LOOKED_AT,
-        policy=untrained(ToShape(widths=widths), reviews_for(_by_default(task.macs))), norms="corrected", seed=seed,
-    )  # fmt: skip
+    policy = untrained(ToShape(widths=widths), reviews_for(_by_default(task.macs)))
+    reviewer = reviewed(network, task.settings.model_copy(update={"effort": LOOKED_AT}), task.images, [policy])
     reviewer.importance, reviewer.reconstruct = importance, reconstruct
     for step in reviewer.policy.reviews(STEPS):
         review_(reviewer, step)
