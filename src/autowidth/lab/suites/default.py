@@ -59,6 +59,7 @@ CASES: Mapping[str, Case] = {
     "mini-vgg8": Case(model="vgg8", about="mini, 16 epochs", train=MINI),
     "mini-mobilenetv2": Case(model="mobilenetv2", about="mini, 16 epochs", train={**MINI, "lr": 0.2}),
     "narrow": Case(model="resnet20", about="mini, a quarter of the widths, 16 epochs", train={**MINI, "width": 0.25}),
+    "wide": Case(model="resnet20", about="mini, twice the widths, 16 epochs", train={**MINI, "width": 2.0}),
     "mini-resnet20-long": Case(model="resnet20", about="mini, 64 epochs", train={**MINI, "epochs": 64}),
     "mini-vgg8-long": Case(model="vgg8", about="mini, 64 epochs", train={**MINI, "epochs": 64}),
     "published-resnet20": Case(
