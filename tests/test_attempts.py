@@ -26,7 +26,7 @@ from autowidth.lab import attempts
 from autowidth.lab.attempts import EACH, epochs_for, train_kept
 from autowidth.lab.data import digits
 from autowidth.lab.guessing import FIRST, HEALING, SMALLEST, WON_BACK, first_share, healed_share, may_be_won_back
-from autowidth.lab.judging import Judge, difference, seen, varied
+from autowidth.lab.judging import Judge, Seen, difference, pairs, seen, varied
 from autowidth.lab.keeping import TRAINING, Interrupted
 from autowidth.lab.loop import train
 from autowidth.lab.loop_parts import Lesson
@@ -114,45 +114,56 @@ def test_a_network_is_as_good_as_itself_and_a_ruined_one_is_not(whole: nn.Module
         assert nats.verdict(nats.seen(ruined), nats.seen(trained)).holds
 
 
-def test_who_errs_often_may_err_a_little_more_and_who_never_errs_never() -> None:
-    """The allowance for training images: the points themselves, more for what is known by heart, none for no error."""
-    judge = Judge(digits(limit=100), points=1.0, nats=None)
-    found = {}
-    for error in (0.0, 0.01, 0.04, 0.5):
-        right = torch.arange(1000) >= 1000 * error
-        plain = seen_of(right)
-        allowed = 0
-        while judge.verdict(worse(plain, allowed + 1), plain).holds and allowed < 400:
-            allowed += 1
-        found[error] = allowed
-    assert found[0.0] <= 1 < found[0.01] < found[0.04] > found[0.5] >= 10
-
-
-def seen_of(right: torch.Tensor) -> attempts.Evidence:
-    from autowidth.lab.judging import Seen
-
-    plain = Seen(right=right, losses=torch.ones(len(right)))
-    return attempts.Evidence(plain=plain, varied=plain)
-
-
-def worse(evidence: attempts.Evidence, count: int) -> attempts.Evidence:
-    """The same with so many more mistakes."""
-    right = evidence.plain.right.clone()
-    right[right.nonzero().flatten()[-count:]] = False
-    return replace(evidence, plain=replace(evidence.plain, right=right))
+def test_what_is_tolerated_may_be_lost_and_no_more() -> None:
+    """On both sides of the line: points of accuracy where they are named, nats where those are."""
+    before = Seen(right=torch.ones(1000, dtype=torch.bool), losses=torch.ones(1000))
+    now = {
+        lost: Seen(right=torch.arange(1000) >= lost, losses=torch.ones(1000) + lost / 1000) for lost in (0, 9, 10, 11)
+    }
+    for points, nats in ((1.0, None), (None, 0.01)):
+        judge = Judge(digits(limit=100), points=points, nats=nats)
+        assert [judge.verdict(seen, before).holds for seen in now.values()] == [True, True, True, False]
+    assert "-1.10 ± 0.33 points" in Judge(digits(limit=100), points=1.0, nats=None).verdict(now[11], before).words
 
 
 def test_a_judgement_looks_at_the_same_pictures_every_time_and_never_at_test_images(whole: nn.Module) -> None:
-    images = digits(limit=400)
+    images = digits(limit=401)
     hidden = replace(images, test=None)  # type: ignore[arg-type]
-    judge = Judge(hidden, points=0.5, nats=None)
+    judge = Judge(hidden, points=0.5, nats=None, at_once=64)
     before, state = judge.seen(whole), torch.get_rng_state()
     again = judge.seen(whole)
     assert torch.equal(torch.get_rng_state(), state)
-    assert before.varied is not None and again.varied is not None
-    assert torch.equal(before.plain.losses, again.plain.losses)
-    assert torch.equal(before.varied.losses, again.varied.losses)
-    assert not torch.equal(before.plain.losses, before.varied.losses)
+    assert torch.equal(before.losses, again.losses)
+    assert len(before.losses) == 2 * 401
+
+
+def test_pictures_of_a_judgement_are_of_training_images_and_none_is_one() -> None:
+    images = digits(limit=300)
+    known = torch.cat([x for x, _ in images.plain_batches("train", 300)])
+    made = list(Judge(images, points=0.5, nats=None, at_once=50)._made())
+    pictures, labels = torch.cat([x for x, _ in made]), torch.cat([y for _, y in made])
+    assert pictures.shape == (600, *images.image_shape)
+    assert torch.equal(labels.bincount(), 2 * images.train.labels.bincount())
+    assert torch.cdist(pictures.flatten(1), known.flatten(1)).min() > 0.1
+    mixtures = torch.cat([x for x, _ in made[::2]])
+    assert mixtures.flatten(1).std() < known.flatten(1).std()  # a mean of two varies less than one
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_pairs_are_of_one_class_and_of_two_pictures(count: int) -> None:
+    labels = torch.tensor([3] * 20 + [0] * 2 + [5] * 18)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    source = torch.Generator().manual_seed(1)
+    met = set()
+    for _ in range(100):
+        first, second = pairs(labels, count, source)
+        assert len(first) == len(second) == count and len(set(first.tolist())) == count
+        assert torch.equal(labels[first], labels[second]) and not (first == second).any()
+        met |= set(zip(first.tolist(), second.tolist(), strict=True))
+    if count == 40:  # each with every other of its class
+        assert len(met) > 0.9 * (20 * 19 + 2 * 1 + 18 * 17)
+    alone = torch.tensor([0, 1, 1, 2])
+    first, second = pairs(alone, 4, source)
+    assert {(0, 0), (1, 2), (2, 1), (3, 3)} == set(zip(first.tolist(), second.tolist(), strict=True))
 
 
 def test_the_error_of_a_difference_is_that_of_pairs(whole: nn.Module) -> None:
@@ -226,7 +237,7 @@ def test_what_costs_too_much_is_taken_back_and_nothing_is_gone(tmp_path: Path) -
 def test_judgements_take_as_many_threads_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     before, found = torch.get_num_threads(), list[int]()
 
-    def seen_with(self: Judge, network: nn.Module) -> attempts.Evidence:
+    def seen_with(self: Judge, network: nn.Module) -> Seen:
         found.append(torch.get_num_threads())
         return judged(self, network)
 

@@ -36,7 +36,7 @@ from autowidth.history import History
 from autowidth.lab.data import ImageSet
 from autowidth.lab.fine_tuning import AT_ONCE
 from autowidth.lab.guessing import GLANCE, LARGEST, SMALLEST, first_share, healed_share, may_be_won_back
-from autowidth.lab.judging import Evidence, Judge, difference, seen
+from autowidth.lab.judging import Judge, Seen, difference, seen
 from autowidth.lab.keeping import TRAINING, anywhere
 from autowidth.lab.lock import locked
 from autowidth.lab.loop import Method, train
@@ -192,6 +192,7 @@ class _Row:
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.device = images.train.labels.device
         self.tried: list[tuple[Attempt, Result]] = []
+        self.looked, self.worked = 0.0, 0.0
         self.earlier = {} if resume is None else parts_of(resume)
         if resume is None and settings.out is not None:
             check_anew(settings.out)
@@ -233,7 +234,7 @@ class _Row:
             whole = self._part(WHOLE, {"policy": Never()}, Method(policy=Never()), network)
         else:
             whole = self._brought(network.to(self.device))
-        reference = self.judge.seen(whole.network)
+        reference = self._seen(whole.network)
         kept, share, left = whole, 1.0, settings.keep_time - 1
         if settings.weights is None:
             aim = self._first_aim(reference.loss)
@@ -284,7 +285,7 @@ class _Row:
         self.course.passed(result, about=str(images), steps=0)
         return result
 
-    def _narrowed(self, whole: Result, reference: Evidence) -> tuple[Result, float]:
+    def _narrowed(self, whole: Result, reference: Seen) -> tuple[Result, float]:
         """The brought network as narrow as it may be without training, and the share that training may win back."""
         own, network = self.settings.effort or GLANCE, copy.deepcopy(whole.network)
         settings = self.settings.model_copy(update={"effort": own})
@@ -352,9 +353,17 @@ class _Row:
         own = getattr(self.settings.policy, "limits", None)
         return own if isinstance(own, Limits) else Limits()
 
-    def _judged(self, found: Result, reference: Evidence, aim: float, epochs: int, whole: Result) -> bool:
+    def _seen(self, network: nn.Module) -> Seen:
+        """What the network makes of the pictures of a judgement; the time that it takes is counted."""
+        began, worked = time.perf_counter(), time.process_time()
+        found = self.judge.seen(network)
+        self.looked += time.perf_counter() - began
+        self.worked += time.process_time() - worked
+        return found
+
+    def _judged(self, found: Result, reference: Seen, aim: float, epochs: int, whole: Result) -> bool:
         """Whether what was found stays; says so."""
-        verdict = self.judge.verdict(self.judge.seen(found.network), reference)
+        verdict = self.judge.verdict(self._seen(found.network), reference)
         attempt = Attempt(
             aim=aim, macs=found.macs / whole.macs, epochs=epochs, judged=verdict.words, stays=verdict.holds,
             seconds=found.seconds,
@@ -379,8 +388,9 @@ class _Row:
             accuracy_start=whole.accuracy_start,
             params_start=whole.params_start, widths_start=whole.widths_start, history=history,
             removed=history.removed_total, inserted=history.inserted_total, inserted_alive=history.inserted_alive,
-            reviews=len(history), seconds=sum(run.seconds for run in runs), skipped=whole.skipped,
-            cpu_seconds=sum(run.cpu_seconds for run in runs), review_seconds=sum(run.review_seconds for run in runs),
+            reviews=len(history), seconds=sum(run.seconds for run in runs) + self.looked, skipped=whole.skipped,
+            cpu_seconds=sum(run.cpu_seconds for run in runs) + self.worked,
+            review_seconds=sum(run.review_seconds for run in runs),
             compile_seconds=sum(run.compile_seconds for run in runs),
             out=None if self.settings.out is None else str(self.settings.out),
             kept=Kept(

@@ -1,8 +1,7 @@
-"""How much worse a network is than another one, told without test images: on held-out or on varied training images."""
+"""How much worse a network is than another one, told without test images: on held-out pictures, or on made ones."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,24 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autowidth.lab.data import Batches, ImageSet
+from autowidth.lab.data import ImageSet
 
 TURN, ZOOM, SHIFT = 8.0, 0.1, 0.06
 """How far a training picture is varied for a judgement: degrees, share of its size, share of a side."""
 
 MOST = 5000
-"""Pictures that are looked at."""
+"""Training pictures that pictures to be judged by are made of."""
 
 NATS_PER_POINT = 0.11
-"""What a point of accuracy is held to be worth in loss on varied training pictures (docs/decisions/014)."""
-
-BY_HEART, FLAWLESS = 0.12, 80.0
-"""Training error below which a network is held to know pictures by heart, so that what it loses on them says less; and
-how often a mistake in a hundred is counted, so that one which makes next to no mistakes must go on making none."""
-
-
-CHANCE = 0.1
-"""Points that a difference on training images may owe to chance, at most: a picture or two."""
+"""What a point of accuracy is held to be worth in loss, where it is guessed how far an attempt may go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,19 +84,6 @@ def seen(network: nn.Module, pictures: Iterable[tuple[Tensor, Tensor]]) -> Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What a network makes of the pictures of a judgement: as they are, and varied (None for held-out ones)."""
-
-    plain: Seen
-    varied: Seen | None
-
-    @property
-    def loss(self) -> float:
-        """The loss that a guess of how small it may become goes by, nats."""
-        return (self.varied or self.plain).loss
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Whether a network is as good as another one, within what is tolerated, and why, in words."""
 
@@ -116,63 +94,63 @@ class Verdict:
 class Judge:
     """Says whether a network is worse than another by more than so many points of accuracy, or nats of loss.
 
-    Where images are held out, they tell. Else training images do, twice: as they are, where accuracy may fall by the
-    points that are tolerated and a picture or two, by more where the other network knows many of them by heart, by less
-    where it hardly errs; and each a little turned, zoomed and shifted, where the loss may rise by what these points are
-    held to be worth. Test images are never looked at. Both rules and their numbers: docs/decisions/014.
+    Where images are held out, they tell. Else it is pictures that neither network has seen, made of training images,
+    which both know too well to be asked about them as they are: the mean of two of one class, and one that is a little
+    turned, zoomed and shifted. Test images are never looked at. What this tells, and what it does not:
+    docs/decisions/014.
     """
 
     def __init__(self, images: ImageSet, *, points: float | None, nats: float | None, at_once: int = 500) -> None:
         self.images, self.points, self.nats, self.at_once = images, points or 0.0, nats, at_once
         self.is_held_out = images.held_out is not None
 
-    def seen(self, network: nn.Module) -> Evidence:
+    def seen(self, network: nn.Module) -> Seen:
         """What the network makes of the pictures of a judgement, the same ones at every call."""
-        if self.is_held_out:
-            return Evidence(plain=seen(network, self.images.plain_batches("held_out", self.at_once)), varied=None)
-        source = torch.Generator().manual_seed(self.at_once)
-        moved = ((varied(x, source), y) for x, y in self._training())
-        return Evidence(plain=seen(network, self._training()), varied=seen(network, moved))
+        return seen(network, self.images.plain_batches("held_out", self.at_once) if self.is_held_out else self._made())
 
-    def _training(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training images in an order of its own, at most MOST of them, without augmentation."""
-        pictures = Batches(
-            self.images.train, batch_size=self.at_once, mean=self.images.mean, std=self.images.std, seed=0
-        )
-        return itertools.islice(pictures.at(0), -(-MOST // self.at_once))
+    def _made(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mixtures and variations of training images, at most MOST of each, with their labels, in turns."""
+        train, source = self.images.train, torch.Generator().manual_seed(0)
+        half, (first, second) = -(-self.at_once // 2), pairs(train.labels.cpu(), min(len(train), MOST), source)
+        order = torch.cat([torch.cat(both) for both in zip(first.split(half), second.split(half), strict=True)])
+        for x, y in self.images.plain_batches("train", 2 * half).taken(order):
+            one, other = x.chunk(2)
+            yield (one + other) / 2, y[: len(one)]
+            yield varied(one, source), y[: len(one)]
 
     @property
     def allowed(self) -> float:
         """The nats that may be lost: as asked for, or what the points are held to be worth."""
         return self.nats if self.nats is not None else self.points * NATS_PER_POINT
 
-    def verdict(self, now: Evidence, before: Evidence) -> Verdict:
+    def verdict(self, now: Seen, before: Seen) -> Verdict:
         """Whether `now` is no worse than `before` by more than is tolerated."""
-        plain = difference(now.plain, before.plain)
-        if now.varied is None or before.varied is None:
-            return self._on_loss(plain, "held-out") if self.nats is not None else self._on_accuracy(plain, self.points)
-        loss = self._on_loss(difference(now.varied, before.varied), "varied training")
+        found = difference(now, before)
+        what = f"{found.pictures:,} {'held-out images' if self.is_held_out else 'pictures made of training images'}"
         if self.nats is not None:
-            return loss
-        error = max(1 - before.plain.accuracy, 1e-9)
-        factor = min(max(1.0, BY_HEART / error), FLAWLESS * error)
-        accuracy = self._on_accuracy(plain, self.points * factor + min(100 * plain.accuracy_error, CHANCE))
-        return Verdict(holds=loss.holds and accuracy.holds, words=f"{accuracy.words}; {loss.words}")
-
-    def _on_accuracy(self, found: Difference, points: float) -> Verdict:
-        what = "held-out" if self.is_held_out else "training"
+            return Verdict(
+                holds=found.loss <= self.nats,
+                words=f"loss {found.loss:+.4f} ± {found.loss_error:.4f} nats on {what}, {self.nats:+.3g} tolerated",
+            )
         return Verdict(
-            holds=100 * found.accuracy >= -points - 1e-9,
-            words=f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f} points on {found.pictures:,} {what} "
-            f"images, {-points:.2f} tolerated",
+            holds=100 * found.accuracy >= -self.points - 1e-9,
+            words=f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f} points on {what}, "
+            f"{-self.points:.2f} tolerated",
         )
 
-    def _on_loss(self, found: Difference, what: str) -> Verdict:
-        return Verdict(
-            holds=found.loss <= self.allowed,
-            words=f"loss {found.loss:+.4f} ± {found.loss_error:.4f} nats on {found.pictures:,} {what} images, "
-            f"{self.allowed:+.3g} tolerated",
-        )
+
+def pairs(labels: Tensor, count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` positions of labels (N,) by chance, and for each another one of its class; itself where it is alone.
+
+    Both int64 of shape (count,), no more than N; `source` decides.
+    """
+    members, sizes = labels.argsort(stable=True), labels.bincount()
+    begins, places = sizes.cumsum(0) - sizes, torch.empty_like(labels)
+    places[members] = torch.arange(len(labels)) - begins[labels[members]]
+    first = torch.randperm(len(labels), generator=source)[:count]
+    own, size = labels[first], sizes[labels[first]]
+    steps = 1 + (torch.rand(len(first), generator=source) * (size - 1)).long()
+    return first, members[begins[own] + (places[first] + steps) % size]
 
 
 def varied(images: Tensor, source: torch.Generator) -> Tensor:

@@ -83,6 +83,12 @@ class Batches:
             augmented = self.augmentation.apply(images, draws.slice(start, stop))
             yield scale(augmented, self._mean, self._std), labels
 
+    def taken(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images at these positions (int64), which may name one often, in batches and without augmentation."""
+        starts = range(0, len(order), self.batch_size)
+        for images, labels in self._taken(order, [(at, min(at + self.batch_size, len(order))) for at in starts]):
+            yield scale(images, self._mean, self._std), labels
+
     def _mine(self, start: int, stop: int) -> tuple[int, int]:
         """The part of this process of the positions from `start` to `stop`."""
         (number, count), length = self.part, stop - start

@@ -1,4 +1,4 @@
-"""How an attempt is best laid out, and whether the judgement on training images tells what held-out ones lose; a table.
+"""How an attempt is best laid out, and whether a judgement on made pictures tells what held-out ones lose; a table.
 
     python -m autowidth.lab.studies.attempt_layouts --case digits --layouts "aim=0.15 count=2 end=0.03; aim=0.15"
 
@@ -19,7 +19,7 @@ import torch
 import typer
 
 from autowidth.lab.data import ImageSet
-from autowidth.lab.judging import Judge, difference, seen
+from autowidth.lab.judging import Judge, Seen, difference, seen
 from autowidth.lab.loop import Method, train
 from autowidth.lab.loop_parts import Lesson
 from autowidth.lab.result import Result
@@ -95,9 +95,14 @@ class Study:
         self.whole = train(settings, images=self.images, method=Method(policy=Never()))
         self.judge = Judge(replace(self.images, held_out=None), points=0.5, nats=None)
         self.reference = self.judge.seen(self.whole.network)
-        self.held_out = self._held_out(self.whole)
+        self.held_out, self.known = self._held_out(self.whole), self._known(self.whole)
 
-    def _held_out(self, result: Result) -> Any:
+    def _known(self, result: Result) -> Seen:
+        """What becomes of training images as they are."""
+        return seen(result.network, self.images.plain_batches("train", 500))
+
+    def _held_out(self, result: Result) -> Seen:
+        """What becomes of images that were held out."""
         return seen(result.network, self.images.plain_batches("held_out", 500))
 
     def row(self, layout: Layout) -> list[str]:
@@ -116,18 +121,18 @@ class Study:
         network = copy.deepcopy(self.whole.network)
         result = train(settings.model_copy(update=changes), images=self.images, network=network, method=method)
         lost, now = difference(self._held_out(result), self.held_out), self.judge.seen(result.network)
-        assert now.varied is not None and self.reference.varied is not None, "judged on training images"
-        plain, varied = difference(now.plain, self.reference.plain), difference(now.varied, self.reference.varied)
-        stays = self.judge.verdict(now, self.reference).holds
+        known, made = difference(self._known(result), self.known), difference(now, self.reference)
         return [
             " ".join(f"{name}={value:g}" for name, value in asdict(layout).items() if value != getattr(LAYOUT, name)),
             f"{result.macs / self.whole.macs:.1%}", f"{result.seconds / self.whole.seconds:.2f}",
-            f"{100 * lost.accuracy:+.2f} ± {100 * lost.accuracy_error:.2f}", f"{lost.loss:+.4f}",
-            f"{100 * plain.accuracy:+.2f}", f"{varied.loss:+.4f}", "stays" if stays else "taken back",
+            *(cell for found in (lost, made) for cell in (
+                f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f}", f"{found.loss:+.4f}"
+            )),
+            f"{100 * known.accuracy:+.2f}", "stays" if self.judge.verdict(now, self.reference).holds else "taken back",
         ]  # fmt: skip
 
 
-HEADINGS = ("layout", "MACs", "time", "held-out, points", "nats", "training, points", "varied, nats", "judged")
+HEADINGS = ("layout", "MACs", "time", "held-out, points", "nats", "made, points", "nats", "training, points", "judged")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
