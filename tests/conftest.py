@@ -9,7 +9,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# Ctrl-C is ignored by what a script starts in the background, and some tests are about what it does.
+# Ctrl-C is ignored by what a script starts in the background and by all children of it; some tests are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is slow without being wrong, so there is no deadline; fixed examples make a failure repeatable.

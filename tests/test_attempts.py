@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,6 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def small(**changes: Any) -> Settings:
     return SMALL.model_copy(update=changes)
-
-
-@pytest.fixture(autouse=True)
-def in_the_foreground() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

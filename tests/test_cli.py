@@ -227,13 +227,7 @@ def test_an_interrupted_run_is_saved_says_how_to_go_on_and_goes_on(
     folder: Path, number: signal.Signals, code: int
 ) -> None:
     arguments = [*PROGRAM, "train", "--config", "../run.toml", "--epochs", "1000", "--out", "here"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do
-    try:  # their children
-        child = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert child.stdout is not None
     while not child.stdout.readline().startswith("epoch"):
         assert child.poll() is None

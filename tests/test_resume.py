@@ -97,13 +97,6 @@ def stopping_at(step: int, number: signal.Signals = signal.SIGINT) -> Callable[[
     return watch
 
 
-@pytest.fixture(autouse=True)
-def in_the_foreground() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 # ---- going on --------------------------------------------------------------------------------------------------------
 
 

@@ -192,7 +192,7 @@ class _Row:
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.device = images.train.labels.device
         self.tried: list[tuple[Attempt, Result]] = []
-        self.looked, self.worked = 0.0, 0.0
+        self.looked, self.worked = 0.0, 0.0  # seconds of judgements, wall and processor
         self.earlier = {} if resume is None else parts_of(resume)
         if resume is None and settings.out is not None:
             check_anew(settings.out)

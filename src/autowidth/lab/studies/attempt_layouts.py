@@ -19,7 +19,7 @@ import torch
 import typer
 
 from autowidth.lab.data import ImageSet
-from autowidth.lab.judging import Judge, Seen, difference, seen
+from autowidth.lab.judging import Difference, Judge, Seen, difference, seen
 from autowidth.lab.loop import Method, train
 from autowidth.lab.loop_parts import Lesson
 from autowidth.lab.result import Result
@@ -125,11 +125,14 @@ class Study:
         return [
             " ".join(f"{name}={value:g}" for name, value in asdict(layout).items() if value != getattr(LAYOUT, name)),
             f"{result.macs / self.whole.macs:.1%}", f"{result.seconds / self.whole.seconds:.2f}",
-            *(cell for found in (lost, made) for cell in (
-                f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f}", f"{found.loss:+.4f}"
-            )),
+            *_cells(lost), *_cells(made),
             f"{100 * known.accuracy:+.2f}", "stays" if self.judge.verdict(now, self.reference).holds else "taken back",
         ]  # fmt: skip
+
+
+def _cells(found: Difference) -> tuple[str, str]:
+    """A difference in points, with its standard error, and in nats."""
+    return f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f}", f"{found.loss:+.4f}"
 
 
 HEADINGS = ("layout", "MACs", "time", "held-out, points", "nats", "made, points", "nats", "training, points", "judged")
