@@ -11,7 +11,7 @@ import pytest
 
 from autowidth.lab.bench import BenchError, bench
 from autowidth.lab.methods import METHODS, UnknownMethodError
-from autowidth.lab.plots import _figure, _frontier, _names, accuracy_plot
+from autowidth.lab.plots import _figure, _frontier, _names, accuracy_plot, planned_epochs
 from autowidth.lab.suites import find_suite
 from autowidth.lab.suites.compare import RECIPES, comparison, measure, table
 
@@ -116,8 +116,21 @@ def test_the_table_is_the_mean_over_seeds_and_the_best_comes_first() -> None:
     assert rows[3] == ["autowidth", "budget 0.25", "1x", "51.00 ± 1.41", "25.0", "10", "3", "25.0", "0, 1"]
     assert rows[4][:4] == ["autowidth", "auto", "0.5x", "10.00"]
     assert ["autowidth", "budget 0.25", "1x", "7.5", "15.0", "0.5", "2.0", "25.0"] in rows
-    assert "50% of the MACs" in text
+    assert "50% of the MACs, 2 epochs" in text
     assert ["autowidth", "budget 0.25", "1x", "90.00", "25.0", "10", "3", "25.0", "0"] in rows
+
+
+def test_what_trained_for_longer_has_a_table_of_its_own(tmp_path: Path) -> None:
+    usual, longer = (comparison("digits", methods=("uniform",), epochs=n).units[0] for n in (None, 40))
+    assert (usual.name, longer.name) == ("uniform-resnet8-seed0-macs0.25-start1", f"{usual.name}-epochs40")
+    assert usual.settings["training"] == longer.settings["training"]  # so that one folder holds both
+    records = [record(), record(method="uniform-x2", policy="uniform 0.25", epochs=4), record(epochs=4, accuracy=0.7)]
+    assert [planned_epochs(r) for r in records] == [2, 2, 4]
+    short, long = table(records).split("4 epochs\n")
+    assert [row[0] for row in cells(short)[2:4]] == ["autowidth", "uniform-x2"]
+    assert cells(long)[2][3] == "70.00"
+    accuracy_plot(records, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().count('<g id="axes_') == 4
 
 
 def many(**more: float) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,28 +24,36 @@ LABEL = 0.045
 logger = logging.getLogger(__name__)
 
 
+def planned_epochs(record: Record) -> int:
+    """The epochs of the comparison that a record belongs to: half of its own for a method that takes twice as many."""
+    longer = re.search(r"-x(\d+)$", record["method"])
+    return int(record["epochs"]) // (int(longer[1]) if longer else 1)
+
+
 def accuracy_plot(records: Sequence[Record], file: Path) -> None:
-    """Writes an SVG with, for every data set and model, accuracy against MACs and against seconds to the result.
+    """Writes an SVG with, for every data set, model and length, accuracy against MACs and seconds to the result.
 
     A dot is a method's mean over seeds. Ours, the controls, the best at their cost and the best of each other kind have
     names and bars from the worst seed to the best; the others are a cloud. The scale is that of those who come close;
     who does not is listed. Without matplotlib nothing is drawn, and a warning says so.
     """
-    keys = list(dict.fromkeys((r["data"], r["part"], r["model"]) for r in records))
-    drawn = _figure(len(keys))
+    kinds: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        key = (record["data"], record["part"], record["model"], planned_epochs(record))
+        kinds.setdefault(key, []).append(record)
+    drawn = _figure(len(kinds))
     if drawn is None:
         return
     figure, panels = drawn
     named: dict[Any, list[Dot]] = {}
-    for (by_macs, by_seconds), (data, part, model) in zip(panels, keys, strict=True):
-        mine = [r for r in records if (r["data"], r["part"], r["model"]) == (data, part, model)]
+    for (by_macs, by_seconds), ((data, part, model, epochs), mine) in zip(panels, kinds.items(), strict=True):
         named[by_macs] = _frontier(
             by_macs, mine, lambda r: 100 * r["macs"] / r["macs_dense"], "MACs, % of the dense network"
         )
         named[by_seconds] = _frontier(
             by_seconds, mine, lambda r: r["cpu_seconds"], "processor seconds to the finished network"
         )
-        by_macs.set_title(f"{model} on {data}, {part.replace('_', ' ')} images")
+        by_macs.set_title(f"{model} on {data}, {epochs} epochs, {part.replace('_', ' ')} images")
     _legend(figure)
     figure.draw_without_rendering()  # from here on panels know where their points lie
     for panel, dots in named.items():

@@ -13,7 +13,7 @@ from autowidth.history import PARTS
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
-from autowidth.lab.plots import accuracy_plot
+from autowidth.lab.plots import accuracy_plot, planned_epochs
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.registry import suite
@@ -116,7 +116,7 @@ def comparison(
         for start in starts
         for method in methods or recipe.methods
     ]
-    apart = frozenset({"model", "seed", "method", "macs", "start"})
+    apart = frozenset({"model", "seed", "method", "macs", "start", "epochs"})
     return Suite(name=name, units=tuple(units), run=measure, table=table, apart=apart, draw=accuracy_plot)
 
 
@@ -145,10 +145,11 @@ def _unit(
         given |= {"limit": limit and limit + CHOICES, "holdout": CHOICES / (limit + CHOICES) if limit else 0.1}
     elif limit:
         given["limit"] = limit
-    dumped = settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width"})
+    dumped = settings_of(given).model_dump(mode="json", exclude={"data", "model", "seed", "out", "width", "epochs"})
     of_ours = {key: dumped.pop(key) for key in OF_OURS}
     settings: dict[str, Any] = {
-        "data": data, "model": model, "seed": seed, "method": method, "macs": macs, "start": start, "training": dumped,
+        "data": data, "model": model, "seed": seed, "method": method, "macs": macs, "start": start, "epochs": epochs,
+        "training": dumped,
     }  # fmt: skip
     if method.startswith("autowidth"):
         settings |= of_ours
@@ -156,13 +157,14 @@ def _unit(
         f"autowidth bench {suite} --data {nameless(data)} --models {model} --seeds {seed} --methods {method} "
         f"--budgets {macs:g} --starts {start:g} --epochs {epochs}" + (" --choose" if choose else "")
     )
-    name = f"{method}-{model}-seed{seed}-macs{macs:g}-start{start:g}"
+    longer = "" if epochs == recipe.epochs else f"-epochs{epochs}"
+    name = f"{method}-{model}-seed{seed}-macs{macs:g}-start{start:g}{longer}"
     return Unit(name=name, settings=settings, command=command)
 
 
 def measure(settings: Mapping[str, Any]) -> Outcome:
     """Runs one method on one model from one seed: the work of one unit. A record for the run, and for its control."""
-    named = {key: settings[key] for key in ("data", "model", "seed", *OF_OURS) if key in settings}
+    named = {key: settings[key] for key in ("data", "model", "seed", "epochs", *OF_OURS) if key in settings}
     training = Settings.model_validate({**settings["training"], **named, "width": settings["start"]})
     task = Task(settings=training, macs=settings["macs"], images=load_images(training))
     finishes = METHODS[settings["method"]](task)
@@ -207,18 +209,21 @@ HEADINGS = ("method", "policy", "start", "accuracy %", "MACs %", "parameters", "
 
 
 def table(records: Sequence[Record]) -> str:
-    """The records as Markdown: a table per data set, model and budget; a row per method, policy and start."""
+    """The records as Markdown: a table per data set, model, budget and epochs; a row per method, policy and start."""
     text = [
         "# Methods compared under one recipe\n",
         "Accuracy after the final epoch, mean over seeds and standard deviation between them. MACs against the dense "
         "network. Seconds are processor time of one thread for the whole way to the finished network, reviews and "
         "fine-tuning included; reviews are their share of the wall time.\n",
     ]
-    for key in dict.fromkeys((r["data"], r["part"], r["model"], r["budget"]) for r in records):
-        data, part, model, budget = key
-        mine = [r for r in records if (r["data"], r["part"], r["model"], r["budget"]) == key]
+    kinds: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        key = (record["data"], record["part"], record["model"], record["budget"], planned_epochs(record))
+        kinds.setdefault(key, []).append(record)
+    for (data, part, model, budget, epochs), mine in kinds.items():
         text.append(
-            f"## {model} on {data}, {budget:.0%} of the MACs\n\nAccuracy on the {part.replace('_', ' ')} images.\n"
+            f"## {model} on {data}, {budget:.0%} of the MACs, {epochs} epochs\n\n"
+            f"Accuracy on the {part.replace('_', ' ')} images.\n"
         )
         rows = [_group(mine, row) for row in dict.fromkeys((r["method"], r["policy"], r["start"]) for r in mine)]
         rows.sort(key=lambda rows: -statistics.mean(r["accuracy"] for r in rows))
