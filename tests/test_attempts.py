@@ -24,13 +24,14 @@ from autowidth.cost import count_macs
 from autowidth.engine import AutoWidth
 from autowidth.lab import attempts
 from autowidth.lab.attempts import EACH, epochs_for, train_kept
-from autowidth.lab.data import digits
+from autowidth.lab.data import ImageSet, digits
 from autowidth.lab.guessing import FIRST, HEALING, SMALLEST, WON_BACK, first_share, healed_share, may_be_won_back
-from autowidth.lab.judging import Judge, Seen, difference, pairs, seen, varied
+from autowidth.lab.judging import Judge, Seen, difference, pairs, parted, seen, varied
 from autowidth.lab.keeping import TRAINING, Interrupted
 from autowidth.lab.loop import train
 from autowidth.lab.loop_parts import Lesson
 from autowidth.lab.models import build, resolve
+from autowidth.lab.prepare import load_images
 from autowidth.lab.result import Progress, Result
 from autowidth.lab.resuming import ResumeError, settings_to_resume, unfinished_at
 from autowidth.lab.saved import open_run
@@ -274,6 +275,40 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def from_weights(brought: Path, **changes: Any) -> Settings:
     given = {**SMALL.model_dump(exclude_unset=True), "weights": brought, "epochs": 2, "lr": 0.02}
     return settings_of({**given, **changes})
+
+
+def test_from_weights_those_judge_that_attempts_do_not_train_on(brought: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, judges = list[ImageSet](), list[ImageSet]()
+
+    def followed(settings: Settings, **more: Any) -> Result:
+        trained.append(more["images"])
+        return train(settings, **more)
+
+    def judge(images: ImageSet, **more: Any) -> Judge:
+        judges.append(images)
+        return Judge(images, **more)
+
+    monkeypatch.setattr(attempts, "train", followed)
+    monkeypatch.setattr(attempts, "Judge", judge)
+    settings = from_weights(brought)
+    result, every = train_kept(settings), load_images(settings).train
+    (mine,), (theirs,) = trained, judges
+    assert len(mine.train) + len(theirs.train) == len(every)
+    assert len(theirs.train) == pytest.approx(0.2 * len(every), abs=5)
+    both = torch.cat([mine.train.images, theirs.train.images]).flatten(1)
+    assert torch.equal(both.unique(dim=0), every.images.flatten(1).unique(dim=0))
+    assert result.kept is not None
+    assert f"made of {len(theirs.train)} images set apart" in result.kept.attempts[-1].judged
+
+
+def test_images_are_parted_the_same_way_each_time_and_not_where_they_are_too_few() -> None:
+    images = digits(0)
+    (mine, theirs), (again, _), (other, _) = parted(images, 0), parted(images, 0), parted(images, 1)
+    assert torch.equal(mine.train.images, again.train.images)
+    assert not torch.equal(mine.train.images, other.train.images)
+    assert torch.equal(mine.test.images, theirs.test.images)
+    few = replace(images, train=images.train.take(torch.arange(2)))
+    assert parted(few, 0) == (few, few)
 
 
 def test_what_narrowing_alone_may_do_needs_no_training(brought: Path, tmp_path: Path) -> None:

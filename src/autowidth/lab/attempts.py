@@ -36,7 +36,7 @@ from autowidth.history import History
 from autowidth.lab.data import ImageSet
 from autowidth.lab.fine_tuning import AT_ONCE
 from autowidth.lab.guessing import GLANCE, LARGEST, SMALLEST, first_share, healed_share, may_be_won_back
-from autowidth.lab.judging import Judge, Seen, difference, seen
+from autowidth.lab.judging import Judge, Seen, difference, parted, seen
 from autowidth.lab.keeping import TRAINING, anywhere
 from autowidth.lab.lock import locked
 from autowidth.lab.loop import Method, train
@@ -186,9 +186,12 @@ class _Row:
         self, settings: Settings, images: ImageSet, course: _Course, watch: Callable[[AutoWidth], None],
         resume: Path | None,
     ) -> None:  # fmt: skip
-        self.settings, self.images, self.course, self.watch = settings, images, course, watch
+        brought = settings.weights is not None and images.held_out is None
+        self.images, judging = parted(images, settings.seed) if brought else (images, images)
+        self.settings, self.course, self.watch = settings, course, watch
+        source = "training images" if judging is self.images else f"{len(judging.train):,} images set apart"
         at_once = min(JUDGED, evaluated_at_once(settings, images))
-        self.judge = Judge(images, points=settings.keep, nats=settings.keep_nats, at_once=at_once)
+        self.judge = Judge(judging, points=settings.keep, nats=settings.keep_nats, at_once=at_once, source=source)
         self.part: Literal["held_out", "test"] = "held_out" if settings.holdout else "test"
         self.device = images.train.labels.device
         self.tried: list[tuple[Attempt, Result]] = []

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autowidth.lab.data import ImageSet
+from autowidth.lab.data import DataError, ImageSet
+from autowidth.lab.data.splits import generator_of, set_apart
 
 TURN, ZOOM, SHIFT = 8.0, 0.1, 0.06
 """How far a training picture is varied for a judgement: degrees, share of its size, share of a side."""
 
 MOST = 5000
 """Training pictures that pictures to be judged by are made of."""
+
+APART = 0.2
+"""Of the training pictures, the share of every class that attempts from brought weights do not train on, at most MOST:
+they judge. By pictures that it was trained on last an attempt seems .65 points better than it is (docs/log/014)."""
+
+JUDGING_STREAM = 3
+"""What is drawn from the seed of a run for that."""
 
 NATS_PER_POINT = 0.11
 """What a point of accuracy is held to be worth in loss, where it is guessed how far an attempt may go."""
@@ -98,11 +106,17 @@ class Judge:
     which both know too well to be asked about them as they are: the mean of two of one class, and one that is a little
     turned, zoomed and shifted. Test images are never looked at. What this tells, and what it does not:
     docs/decisions/014.
+
+    images: what it looks at; points, nats: what may be lost; source: in words, which of the training images these are.
     """
 
-    def __init__(self, images: ImageSet, *, points: float | None, nats: float | None, at_once: int = 500) -> None:
+    def __init__(
+        self, images: ImageSet, *, points: float | None, nats: float | None, at_once: int = 500,
+        source: str = "training images",
+    ) -> None:  # fmt: skip
         self.images, self.points, self.nats, self.at_once = images, points or 0.0, nats, at_once
         self.is_held_out = images.held_out is not None
+        self.source = "held-out images" if self.is_held_out else f"pictures made of {source}"
 
     def seen(self, network: nn.Module) -> Seen:
         """What the network makes of the pictures of a judgement, the same ones at every call."""
@@ -126,7 +140,7 @@ class Judge:
     def verdict(self, now: Seen, before: Seen) -> Verdict:
         """Whether `now` is no worse than `before` by more than is tolerated."""
         found = difference(now, before)
-        what = f"{found.pictures:,} {'held-out images' if self.is_held_out else 'pictures made of training images'}"
+        what = f"{found.pictures:,} {self.source}"
         if self.nats is not None:
             return Verdict(
                 holds=found.loss <= self.nats,
@@ -137,6 +151,19 @@ class Judge:
             words=f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f} points on {what}, "
             f"{-self.points:.2f} tolerated",
         )
+
+
+def parted(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The set in two, to train on and to judge by, each with all test images; twice itself where that cannot be."""
+    train = images.train
+    source = generator_of(seed, JUDGING_STREAM)
+    try:
+        rest, own = set_apart(train.labels.cpu(), min(APART, MOST / len(train)), source)
+    except DataError:
+        return images, images
+    device = train.labels.device
+    rest, own = rest.to(device), own.to(device)
+    return replace(images, train=train.take(rest)), replace(images, train=train.take(own))
 
 
 def pairs(labels: Tensor, count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
