@@ -85,3 +85,14 @@ def test_the_study_sets_what_is_lost_beside_what_is_judged(capsys: pytest.Captur
     head, *table = capsys.readouterr().out.strip().splitlines()
     assert "of 287 held-out images" in head and len(table) == 3
     assert "aim=0.6 count=2" in table[-1] and ("stays" in table[-1] or "taken back" in table[-1])
+
+
+def test_the_study_asks_pictures_too_that_attempts_do_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--case", "digits-short", "--epochs", "1", "--layouts", "aim=0.6 count=2 probe=64 audit=64"]
+    attempt_layouts.main([*asked, "--part", "0.5"])
+    head, _, row = capsys.readouterr().out.strip().splitlines()[-3:]
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (head, row)), strict=True))
+    assert "±" in cells["made, points"] and "±" in cells["of others, points"]
+    assert cells["made, points"] != cells["of others, points"]
+    with pytest.raises(SystemExit):
+        attempt_layouts.main([*asked, "--part", "0"])

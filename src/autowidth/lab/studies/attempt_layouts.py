@@ -3,8 +3,9 @@
     python -m autowidth.lab.studies.attempt_layouts --case digits --layouts "aim=0.15 count=2 end=0.03; aim=0.15"
 
 trains the whole network of a case of the suite `default` once, with a part of the training images held out, and makes
-one attempt for each layout, whatever its judgement. Layouts are given as settings apart from those of `LAYOUT`. Test
-images are never looked at.
+one attempt for each layout, whatever its judgement. Layouts are given as settings apart from those of `LAYOUT`. With
+`--part` attempts know only this share of the training images, as those from brought weights may, and pictures made of
+the others are asked as well. Test images are never looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import typer
 
 from autowidth.lab.data import ImageSet
+from autowidth.lab.data.splits import set_apart
 from autowidth.lab.judging import Difference, Judge, Seen, difference, seen
 from autowidth.lab.loop import Method, train
 from autowidth.lab.loop_parts import Lesson
@@ -87,14 +89,20 @@ def settings_for(name: str, data: str, seed: int, epochs: int | None = None) -> 
 
 
 class Study:
-    """The whole network of a case, and attempts from it."""
+    """The whole network of a case, and attempts from it, which know `part` of its training images.
 
-    def __init__(self, case: Case, settings: Settings) -> None:
+    judge: goes by pictures made of these; strangers: one that goes by pictures made of the others, if there are any.
+    """
+
+    def __init__(self, case: Case, settings: Settings, part: float = 1.0) -> None:
         self.settings = settings
-        self.images: ImageSet = images_for(settings, case)
-        self.whole = train(settings, images=self.images, method=Method(policy=Never()))
-        self.judge = Judge(replace(self.images, held_out=None), points=0.5, nats=None)
-        self.reference = self.judge.seen(self.whole.network)
+        images: ImageSet = images_for(settings, case)
+        self.whole = train(settings, images=images, method=Method(policy=Never()))
+        self.images, *others = _parts(images, part)
+        self.judge, *self.strangers = [
+            Judge(replace(found, held_out=None), points=0.5, nats=None) for found in (self.images, *others)
+        ]
+        self.references = [judge.seen(self.whole.network) for judge in (self.judge, *self.strangers)]
         self.held_out, self.known = self._held_out(self.whole), self._known(self.whole)
 
     def _known(self, result: Result) -> Seen:
@@ -120,14 +128,23 @@ class Study:
         method = Method(policy=policy, teacher=self.whole.network if layout.taught else None, taught=layout.taught)
         network = copy.deepcopy(self.whole.network)
         result = train(settings.model_copy(update=changes), images=self.images, network=network, method=method)
-        lost, now = difference(self._held_out(result), self.held_out), self.judge.seen(result.network)
-        known, made = difference(self._known(result), self.known), difference(now, self.reference)
+        lost, known = difference(self._held_out(result), self.held_out), difference(self._known(result), self.known)
+        now = [judge.seen(result.network) for judge in (self.judge, *self.strangers)]
+        made = [difference(*both) for both in zip(now, self.references, strict=True)]
         return [
             " ".join(f"{name}={value:g}" for name, value in asdict(layout).items() if value != getattr(LAYOUT, name)),
             f"{result.macs / self.whole.macs:.1%}", f"{result.seconds / self.whole.seconds:.2f}",
-            *_cells(lost), *_cells(made),
-            f"{100 * known.accuracy:+.2f}", "stays" if self.judge.verdict(now, self.reference).holds else "taken back",
+            *_cells(lost), *(cell for found in made for cell in _cells(found)), f"{100 * known.accuracy:+.2f}",
+            "stays" if self.judge.verdict(now[-1], self.references[-1]).holds else "taken back",
         ]  # fmt: skip
+
+
+def _parts(images: ImageSet, part: float) -> list[ImageSet]:
+    """The images with this share of the training images, and with the others, if there are any."""
+    if part == 1:
+        return [images]
+    known, others = set_apart(images.train.labels, 1 - part, torch.Generator().manual_seed(0))
+    return [replace(images, train=images.train.take(index)) for index in (known, others)]
 
 
 def _cells(found: Difference) -> tuple[str, str]:
@@ -135,7 +152,10 @@ def _cells(found: Difference) -> tuple[str, str]:
     return f"{100 * found.accuracy:+.2f} ± {100 * found.accuracy_error:.2f}", f"{found.loss:+.4f}"
 
 
-HEADINGS = ("layout", "MACs", "time", "held-out, points", "nats", "made, points", "nats", "training, points", "judged")
+def headings(part: float) -> tuple[str, ...]:
+    """What `Study.row` says of an attempt that knows this share of the training images."""
+    made = ("made, points", "nats", *(("of others, points", "nats") if part < 1 else ()))
+    return ("layout", "MACs", "time", "held-out, points", "nats", *made, "training, points", "judged")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,12 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="of the whole network; default: the case's")
     parser.add_argument("--layouts", default="aim=0.5", help="settings of each, between semicolons")
+    parser.add_argument("--part", type=float, default=1.0, help="of the training images that attempts know; default 1")
     asked = parser.parse_args(arguments)
+    if not 0 < asked.part <= 1:
+        parser.error(f"--part {asked.part:g}: allowed are shares above 0, up to 1")
     torch.set_num_threads(1)
-    study = Study(CASES[asked.case], settings_for(asked.case, asked.data, asked.seed, asked.epochs))
+    study = Study(CASES[asked.case], settings_for(asked.case, asked.data, asked.seed, asked.epochs), asked.part)
     rows = [study.row(layout) for layout in layouts(asked.layouts)]
     typer.echo(f"whole network: {study.held_out.accuracy:.2%} of {len(study.held_out.right):,} held-out images")
-    typer.echo(markdown(HEADINGS, rows))
+    typer.echo(markdown(headings(asked.part), rows))
 
 
 if __name__ == "__main__":
