@@ -173,6 +173,15 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
             settings={"budget": {"newborn": 0.5}},
         ),
     ),
+    "017": (
+        DENSE,
+        UNIFORM,
+        _budget("multiples of 4: the recipe of the comparison"),
+        _budget("multiples of 4, reviews from 3 to 20 %", "0.7 of the time", begin=0.03, end=0.2),
+        _budget("multiples of 8", "0.75 of the time, .3 points behind multiples of 4", multiple=8),
+        _budget("multiples of 8, reviews from 6 to 35 %", "0.7 of the time, as accurate", multiple=8, end=0.35),
+        _budget("multiples of 8, reviews from 3 to 20 %", "0.65 of the time", multiple=8, begin=0.03, end=0.2),
+    ),
 }  # fmt: skip
 """The rows of every decision whose evidence today's code can make again."""
 
