@@ -130,8 +130,12 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     ),
     "010": (
         DENSE,
+        UNIFORM,
         _budget("multiples of 4, the recipe of the comparison"),
-        _budget("multiples of 8", multiple=8),
+        _budget("multiples of 4, reviews from 3 to 20 %", "0.7 of the time", begin=0.03, end=0.2),
+        _budget("multiples of 8", "0.75 of the time, .3 points behind multiples of 4", multiple=8),
+        _budget("multiples of 8, reviews from 6 to 35 %", "0.7 of the time, as accurate", multiple=8, end=0.35),
+        _budget("multiples of 8, reviews from 3 to 20 %", "0.65 of the time", multiple=8, begin=0.03, end=0.2),
         _budget("multiples of 4, editing to 85 % of the run", "late is better", end=0.85),
         Variant(label="60 %, editing from 6 to 50 %", macs=0.6, settings={"budget": {"end": 0.5}}),
         Variant(
@@ -172,15 +176,6 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
             label="from 0.5x, newborns worth half as much", predicted="fewer newborns", start=0.5,
             settings={"budget": {"newborn": 0.5}},
         ),
-    ),
-    "017": (
-        DENSE,
-        UNIFORM,
-        _budget("multiples of 4: the recipe of the comparison"),
-        _budget("multiples of 4, reviews from 3 to 20 %", "0.7 of the time", begin=0.03, end=0.2),
-        _budget("multiples of 8", "0.75 of the time, .3 points behind multiples of 4", multiple=8),
-        _budget("multiples of 8, reviews from 6 to 35 %", "0.7 of the time, as accurate", multiple=8, end=0.35),
-        _budget("multiples of 8, reviews from 3 to 20 %", "0.65 of the time", multiple=8, begin=0.03, end=0.2),
     ),
 }  # fmt: skip
 """The rows of every decision whose evidence today's code can make again."""
