@@ -9,9 +9,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Record = Mapping[str, Any]
+R = TypeVar("R", bound=Record)
 
 OURS, CONTROL, TOOL, PUBLISHED = "#c1121f", "#1d3557", "#e09f3e", "#8d99ae"
 """Colours of our method and its ablations, of the controls, of other tools, and of published methods."""
@@ -30,6 +31,14 @@ def planned_epochs(record: Record) -> int:
     return int(record["epochs"]) // (int(longer[1]) if longer else 1)
 
 
+def kinds_of(records: Sequence[R], *entries: str) -> dict[tuple[Any, ...], list[R]]:
+    """The records that are compared with each other, by their values of these entries and by planned epochs."""
+    kinds: dict[tuple[Any, ...], list[R]] = {}
+    for record in records:
+        kinds.setdefault((*(record[entry] for entry in entries), planned_epochs(record)), []).append(record)
+    return kinds
+
+
 def accuracy_plot(records: Sequence[Record], file: Path) -> None:
     """Writes an SVG with, for every data set, model and length, accuracy against MACs and seconds to the result.
 
@@ -37,10 +46,7 @@ def accuracy_plot(records: Sequence[Record], file: Path) -> None:
     names and bars from the worst seed to the best; the others are a cloud. The scale is that of those who come close;
     who does not is listed. Without matplotlib nothing is drawn, and a warning says so.
     """
-    kinds: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        key = (record["data"], record["part"], record["model"], planned_epochs(record))
-        kinds.setdefault(key, []).append(record)
+    kinds = kinds_of(records, "data", "part", "model")
     drawn = _figure(len(kinds))
     if drawn is None:
         return

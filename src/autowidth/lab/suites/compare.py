@@ -13,7 +13,7 @@ from autowidth.history import PARTS
 from autowidth.lab.bench import BenchError, Outcome, Record, Suite, Unit, nameless
 from autowidth.lab.methods import METHODS, Finish, Task, UnknownMethodError, dense_macs
 from autowidth.lab.models import spec
-from autowidth.lab.plots import accuracy_plot, planned_epochs
+from autowidth.lab.plots import accuracy_plot, kinds_of
 from autowidth.lab.prepare import load_images
 from autowidth.lab.settings import Settings, settings_of
 from autowidth.lab.suites.registry import suite
@@ -216,11 +216,7 @@ def table(records: Sequence[Record]) -> str:
         "network. Seconds are processor time of one thread for the whole way to the finished network, reviews and "
         "fine-tuning included; reviews are their share of the wall time.\n",
     ]
-    kinds: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        key = (record["data"], record["part"], record["model"], record["budget"], planned_epochs(record))
-        kinds.setdefault(key, []).append(record)
-    for (data, part, model, budget, epochs), mine in kinds.items():
+    for (data, part, model, budget, epochs), mine in kinds_of(records, "data", "part", "model", "budget").items():
         text.append(
             f"## {model} on {data}, {budget:.0%} of the MACs, {epochs} epochs\n\n"
             f"Accuracy on the {part.replace('_', ' ')} images.\n"
